@@ -1,0 +1,81 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv first, once.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Row of torchrec_freq/_versions.py to install, named by its torch version; empty: the default.
+STACK  ?=
+# Build of FBGEMM, cpu or cuda; empty: cuda where the NVIDIA driver is found, else cpu.
+FBGEMM ?=
+# Empty: pip says what it does.
+QUIET  ?= -qq
+# The demo's processes (one a GPU, two without) and arguments, such as ARGS="--epochs 1".
+RANKS  ?= $(shell $(PY) -c 'import torch; print(torch.cuda.device_count() or 2)')
+ARGS   ?=
+
+VERSIONS := torchrec_freq/_versions.py
+PY       := $(VENV)/bin/python
+READY    := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-next lint format clean distclean
+
+# Ranks and test processes share the cores: one OpenMP thread each, or they slow each other down.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON, VENV, STACK (2.13 or 2.14), FBGEMM (cpu or cuda), QUIET, RANKS, ARGS (of the demo)"
+
+setup: $(READY)  ## create .venv with torch, FBGEMM, TorchRec and this package (once; again: make -B setup)
+
+# Both builds of FBGEMM own the same folder, so what is there goes first: it may be the other one.
+# Without a GPU .ci/fbgemm-cpu fulfils TorchRec's requirement on fbgemm-gpu with the CPU build.
+$(READY): pyproject.toml Makefile $(VERSIONS) .ci/fbgemm-cpu/setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "PYTHON=$(PYTHON) is missing or older than 3.10 (it says: $$($(PYTHON) --version 2>&1))." >&2; \
+	    echo "Name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@set -eu; \
+	pins=$$($(PYTHON) -I $(VERSIONS) pins $(STACK)); \
+	build=$(FBGEMM); [ -n "$$build" ] || build=$$($(PYTHON) -I $(VERSIONS) build); \
+	case $$build in \
+	    cpu) fbgemm=.ci/fbgemm-cpu ;; \
+	    cuda) fbgemm=fbgemm-gpu ;; \
+	    *) echo "FBGEMM=$$build is neither cpu nor cuda." >&2; exit 1 ;; \
+	esac; \
+	echo "Setting up $(VENV) with" $$pins "($$build build): some minutes the first time"; \
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV); \
+	rm -f $(READY); \
+	printf '%s\n' "$$pins" > $(VENV)/constraints.txt; \
+	$(PY) -m pip uninstall -qq -y fbgemm-gpu fbgemm-gpu-cpu; \
+	FBGEMM_VERSION=$${pins##*==} $(PY) -m pip install $(QUIET) -c $(VENV)/constraints.txt \
+	    $$fbgemm -e ".[dev]" || { echo "To see more of what pip did: make setup QUIET=" >&2; exit 1; }; \
+	$(PY) -I $(VERSIONS) check; \
+	touch $(READY)
+
+demo: setup  ## train a sharded DLRM on MovieLens-100K with three optimizers
+	@$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m examples.dlrm $(ARGS)
+
+test: lint  ## lint, type-check, and run the tests
+	@$(PY) -m pytest --durations=10
+
+test-next:  ## the same with torch 2.14, in .venv-next
+	@$(MAKE) --no-print-directory test STACK=2.14 VENV=.venv-next
+
+lint: setup  ## ruff and mypy
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+format: setup  ## let ruff rewrite the sources
+	@$(PY) -m ruff check --fix
+	@$(PY) -m ruff format
+
+clean:  ## remove build products and caches
+	@rm -rf build dist *.egg-info .ci/fbgemm-cpu/build .ci/fbgemm-cpu/*.egg-info
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache
+	@find torchrec_freq examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove the environments, the downloaded data and results of runs
+	@rm -rf .venv .venv-next $(VENV) .data runs
