@@ -1,0 +1,302 @@
+"""All contact with TorchRec's internals: opt in, make our kernels, refuse what cannot be exact.
+
+What a new TorchRec version could move is named here and nowhere else:
+
+- ``_OPTIMIZER_CLASS_TO_EMB_OPT_TYPE`` maps an optimizer class to the value of the ``"optimizer"``
+  entry of a table's fused params. For ``FrequencySGD`` that value is a ``FrequencyConfig``: no
+  stock kernel accepts it, so a path that is not covered here fails instead of training with SGD.
+- ``_create_embedding_kernel`` of the two grouped lookups makes one kernel for a group of tables;
+  groups that carry a ``FrequencyConfig`` get ours.
+- ``ShardedEmbeddingBagCollection`` and ``ShardedEmbeddingCollection`` are where every rank sees
+  every table: there we refuse, before anything is built, and join the shards' gradient scales.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+import torchrec.distributed.utils as torchrec_utils
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec.distributed.batched_embedding_kernel import (
+    BatchedFusedEmbedding,
+    BatchedFusedEmbeddingBag,
+)
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding_lookup import (
+    GroupedEmbeddingsLookup,
+    GroupedPooledEmbeddingsLookup,
+)
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import ParameterSharding, ShardingEnv2D, ShardingType
+
+from torchrec_freq.config import FrequencyConfig, check_learning_rate, make_config, pop_config
+from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.scale import TableScales
+from torchrec_freq.tbe import FrequencyTBE
+
+_TABLES: Final = "_frequency_tables"
+_KERNELS: Final = (
+    EmbeddingComputeKernel.FUSED.value,
+    EmbeddingComputeKernel.FUSED_UVM.value,
+    EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+)
+# Options of other fused optimizers. FBGEMM's SGD ignores them without a word.
+_FOREIGN_OPTIONS: Final = (
+    "eps",
+    "beta1",
+    "beta2",
+    "eta",
+    "momentum",
+    "weight_decay",
+    "weight_decay_mode",
+    "counter_based_regularization",
+    "max_norm",
+)
+
+
+def fused_params(lr: float, **options: Any) -> dict[str, Any]:
+    """Fused params that opt in all tables of a sharder.
+
+    >>> from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    >>> sharder = EmbeddingBagCollectionSharder(fused_params=fused_params(lr=0.05))
+
+    Args:
+        lr: learning rate, at least 0.
+        options: as those of :class:`torchrec_freq.FrequencySGD`.
+
+    Returns:
+        A dict to which FBGEMM's own fused params can be added.
+
+    Raises:
+        ValueError: an unknown keyword or a wrong value.
+    """
+    return {"optimizer": make_config(options), "learning_rate": check_learning_rate(lr)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of the whole model, whatever its shards."""
+
+    name: str
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalShard:
+    """A shard of a table on this rank: ``tbe.counters.table(index)`` holds its counts."""
+
+    table: Table
+    row_offset: int
+    column_offset: int
+    tbe: FrequencyTBE
+    index: int
+
+
+class FrequencyTables:
+    """The tables of one sharded module that train with FrequencySGD, the same on every rank.
+
+    Attributes:
+        tables: by name, in the same order on every rank.
+        shards: those of this rank.
+        scales: the tables' gradient scales, summed over the ranks.
+    """
+
+    def __init__(self, tables: list[Table], process_group: dist.ProcessGroup | None) -> None:
+        self.tables = {table.name: table for table in tables}
+        self.process_group = process_group
+        self.shards: list[LocalShard] = []
+        self.scales = TableScales(list(self.tables))
+
+    def attach(self, lookups: list[nn.Module], device: torch.device | None) -> None:
+        """Finds this rank's shards in freshly made ``lookups`` and joins their scales."""
+        names = list(self.tables)
+        self.scales = TableScales(names, device, self.process_group)
+        self.shards = []
+        for lookup in lookups:
+            for kernel in lookup.modules():
+                if not isinstance(kernel, (FrequencyEmbeddingBag, FrequencyEmbedding)):
+                    continue
+                tbe = kernel.frequency_tbe
+                positions = []
+                for index, config in enumerate(kernel.config.embedding_tables):
+                    row_offset, column_offset = config.local_metadata.shard_offsets
+                    table = self.tables[config.name]
+                    self.shards.append(LocalShard(table, row_offset, column_offset, tbe, index))
+                    positions.append(names.index(config.name))
+                tbe.share_scales(self.scales, positions)
+
+    def before_forward(self, module: nn.Module, inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            self.scales.exchange()
+
+
+def frequency_modules(model: nn.Module) -> Iterator[tuple[str, FrequencyTables]]:
+    """Path and tables of each sharded module of ``model`` that trains with FrequencySGD."""
+    for path, module in model.named_modules():
+        tables = module.__dict__.get(_TABLES)
+        if tables is not None:
+            yield path, tables
+
+
+class FrequencyEmbeddingBag(BatchedFusedEmbeddingBag):
+    """TorchRec's fused kernel for pooled tables, on our TBE."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, **kwargs: Any) -> None:
+        stock, frequency = _split(config)
+        super().__init__(stock, **kwargs)
+        self.frequency_tbe = FrequencyTBE.adopt(self._emb_module, frequency)
+
+
+class FrequencyEmbedding(BatchedFusedEmbedding):
+    """TorchRec's fused kernel for sequence tables, on our TBE."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, **kwargs: Any) -> None:
+        stock, frequency = _split(config)
+        super().__init__(stock, **kwargs)
+        self.frequency_tbe = FrequencyTBE.adopt(self._emb_module, frequency)
+
+
+def install() -> None:
+    """Registers FrequencySGD with TorchRec. A second call does nothing."""
+    optimizers: dict[Any, Any] = torchrec_utils._OPTIMIZER_CLASS_TO_EMB_OPT_TYPE
+    if FrequencySGD in optimizers:
+        return
+    _wrap_kernel(GroupedPooledEmbeddingsLookup, FrequencyEmbeddingBag)
+    _wrap_kernel(GroupedEmbeddingsLookup, FrequencyEmbedding)
+    _wrap_sharded(ShardedEmbeddingBagCollection)
+    _wrap_sharded(ShardedEmbeddingCollection)
+    optimizers[FrequencySGD] = FrequencyConfig()
+
+
+def _wrap_kernel(lookup: type[Any], kernel: type[Any]) -> None:
+    stock = lookup._create_embedding_kernel
+    signature = inspect.signature(stock)
+    accepted = inspect.signature(kernel.__bases__[0]).parameters
+
+    @functools.wraps(stock)
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        if not _is_frequency(given["config"].fused_params):
+            return stock(self, *args, **kwargs)
+        if given["config"].compute_kernel != EmbeddingComputeKernel.FUSED:
+            raise ValueError(_kernel_message(given["config"].compute_kernel.value))
+        made = kernel(**{name: value for name, value in given.items() if name in accepted})
+        # Only the stock method records that tables cached from host memory are to be prefetched.
+        if hasattr(self, "_need_prefetch"):
+            self._need_prefetch |= any(
+                table.compute_kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING
+                for table in given["config"].embedding_tables
+            )
+        return made
+
+    lookup._create_embedding_kernel = create
+
+
+def _wrap_sharded(sharded: type[Any]) -> None:
+    stock_init, stock_lookups = sharded.__init__, sharded._create_lookups
+    signature = inspect.signature(stock_init)
+
+    @functools.wraps(stock_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs).arguments
+        plan = given["table_name_to_parameter_sharding"]
+        tables = _find_tables(given["module"], plan, given.get("fused_params") or {})
+        if not tables:
+            stock_init(self, *args, **kwargs)
+            return
+        _refuse(tables, plan, given["env"])
+        # nn.Module's own __setattr__ does not work before its __init__.
+        handle = FrequencyTables(tables, given["env"].process_group)
+        self.__dict__[_TABLES] = handle
+        stock_init(self, *args, **kwargs)
+        self.register_forward_pre_hook(handle.before_forward)
+
+    @functools.wraps(stock_lookups)
+    def create_lookups(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_lookups(self, *args, **kwargs)
+        handle = self.__dict__.get(_TABLES)
+        if handle is not None:
+            handle.attach(self._lookups, self._device)
+
+    sharded.__init__ = init
+    sharded._create_lookups = create_lookups
+
+
+def _find_tables(
+    module: Any, plan: Mapping[str, ParameterSharding], shared: Mapping[str, Any]
+) -> list[Table]:
+    """The tables of an unsharded collection that opted in, by TorchRec's order of precedence."""
+    parameters = dict(module.named_parameters())
+    if hasattr(module, "embedding_bag_configs"):
+        configs, prefix = module.embedding_bag_configs(), "embedding_bags"
+    else:
+        configs, prefix = module.embedding_configs(), "embeddings"
+    tables = []
+    for config in configs:
+        parameter = parameters.get(f"{prefix}.{config.name}.weight")
+        classes = getattr(parameter, "_optimizer_classes", [])
+        chosen = FrequencySGD in classes if classes else _is_frequency(shared)
+        if chosen:
+            own = getattr(parameter, "_optimizer_kwargs", [{}])[0]
+            foreign = [name for name in _FOREIGN_OPTIONS if name in shared or name in own]
+            if foreign:
+                raise ValueError(
+                    f"Table {config.name!r}: FrequencySGD has no {', '.join(foreign)}; "
+                    "FBGEMM would ignore it. Take it out of the fused params."
+                )
+            tables.append(Table(config.name, config.num_embeddings, config.embedding_dim))
+    return tables
+
+
+def _refuse(tables: list[Table], plan: Mapping[str, ParameterSharding], env: Any) -> None:
+    """Refuses, on every rank alike, what the engine cannot do exactly.
+
+    Raises:
+        ValueError: names the table, what it asked for, and what to use instead.
+    """
+    if isinstance(env, ShardingEnv2D):
+        raise ValueError(
+            "FrequencySGD does not support 2D parallelism (DMPCollection): it averages the "
+            "optimizer state of its replicas, and counts must be summed. Use "
+            "DistributedModelParallel."
+        )
+    for table in tables:
+        sharding = plan[table.name]
+        if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+            raise ValueError(
+                f"Table {table.name!r} is planned as data_parallel, where TorchRec drops fused "
+                "optimizers without a word. Constrain the planner: ParameterConstraints("
+                "sharding_types=[...]) without data_parallel, or give the table another optimizer."
+            )
+        if sharding.compute_kernel not in _KERNELS:
+            raise ValueError(f"Table {table.name!r}: {_kernel_message(sharding.compute_kernel)}")
+
+
+def _kernel_message(kernel: str) -> str:
+    return (
+        f"FrequencySGD does not run on compute kernel {kernel!r}. Constrain the planner: "
+        f"ParameterConstraints(compute_kernels=[...]) with {', '.join(_KERNELS)}."
+    )
+
+
+def _is_frequency(params: Mapping[str, Any] | None) -> bool:
+    return isinstance((params or {}).get("optimizer"), FrequencyConfig)
+
+
+def _split(config: GroupedEmbeddingConfig) -> tuple[GroupedEmbeddingConfig, FrequencyConfig]:
+    """A copy of ``config`` that the stock kernel accepts, and what it does not."""
+    params = dict(config.fused_params or {})
+    frequency = pop_config(params, params.pop("optimizer"))
+    stock = copy.copy(config)
+    stock.fused_params = {**params, "optimizer": EmbOptimType.EXACT_SGD}
+    return stock, frequency
