@@ -1,0 +1,217 @@
+"""Small sharded models, random batches for them, and the same in the plain-torch reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from reference import Feature, ReferenceModel, ReferenceTable
+from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import torchrec_freq
+
+LR = 0.03
+
+
+@dataclasses.dataclass
+class TableSpec:
+    name: str
+    rows: int
+    columns: int
+    features: list[str]
+    mean: bool = False
+
+
+# A shared table, and one whose rows do not divide by the ranks.
+TABLES = [
+    TableSpec("a", 12, 16, ["f0"]),
+    TableSpec("b", 7, 16, ["f1", "f2"]),
+    TableSpec("c", 30, 32, ["f3"]),
+]
+
+
+def sample_loss(outputs: Mapping[str, Tensor]) -> Tensor:
+    """[batch] losses, not linear in the embeddings, with weights that differ by column."""
+    total: Tensor | float = 0.0
+    for index, name in enumerate(sorted(outputs)):
+        x = outputs[name]
+        column = torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype)
+        total = total + (x * column).sum(dim=1) * (0.3 + 0.2 * index) + x.square().sum(dim=1)
+    assert isinstance(total, Tensor)
+    return (total - 1.0).square() * 0.05
+
+
+def make_batch(
+    rng: random.Random,
+    tables: list[TableSpec],
+    size: int,
+    *,
+    weighted: bool = False,
+    skip: str | None = None,
+    most: int = 4,
+) -> list[Feature]:
+    """Random bags, skewed so that rows repeat in a bag, a batch and across ranks; some empty."""
+    features = []
+    for table in tables:
+        for name in table.features:
+            bags = []
+            for _ in range(size):
+                length = 0 if name == skip else rng.randint(0, most)
+                bags.append([int(table.rows * rng.random() ** 2) for _ in range(length)])
+            weights = [[rng.uniform(0.2, 2.0) for _ in bag] for bag in bags] if weighted else None
+            features.append(Feature(name, bags, weights))
+    return features
+
+
+def to_kjt(features: list[Feature], rows: slice = slice(None)) -> KeyedJaggedTensor:
+    bags = [bag for feature in features for bag in feature.bags[rows]]
+    weights = None
+    if features[0].weights is not None:
+        weights = torch.tensor(
+            [w for f in features for bag in (f.weights or [])[rows] for w in bag],
+            dtype=torch.float32,
+        )
+    return KeyedJaggedTensor(
+        keys=[feature.name for feature in features],
+        values=torch.tensor([row for bag in bags for row in bag], dtype=torch.int64),
+        lengths=torch.tensor([len(bag) for bag in bags], dtype=torch.int32),
+        weights=weights,
+    )
+
+
+class Pair:
+    """A sharded model and the reference, which start equal and are stepped together."""
+
+    def __init__(
+        self,
+        tables: list[TableSpec],
+        plan: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
+        *,
+        weighted: bool = False,
+        by_sharder: bool = False,
+        seed: int = 0,
+    ) -> None:
+        options = dict(options or {})
+        torch.manual_seed(seed)
+        self.rng = random.Random(seed)
+        self.tables = tables
+        self.weighted = weighted
+        collection = make_collection(tables, weighted)
+        weights = {t.name: collection.embedding_bags[t.name].weight.detach() for t in tables}
+        self.reference = ReferenceModel(
+            {
+                t.name: ReferenceTable(weights[t.name], t.features, mean=t.mean, **options)
+                for t in tables
+            },
+            LR,
+        )
+        if by_sharder:
+            sharder = EmbeddingBagCollectionSharder(
+                fused_params=torchrec_freq.fused_params(lr=LR, **options)
+            )
+        else:
+            apply_optimizer_in_backward(
+                torchrec_freq.FrequencySGD, collection.parameters(), {"lr": LR, **options}
+            )
+            sharder = EmbeddingBagCollectionSharder()
+        self.model = shard(collection, plan, sharder, weights)
+
+    def step(self, per_rank: int = 3, skip: str | None = None) -> tuple[float, float]:
+        """One step of both on one global batch; returns the two losses."""
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        features = make_batch(
+            self.rng, self.tables, per_rank * ranks, weighted=self.weighted, skip=skip
+        )
+        local = to_kjt(features, slice(rank * per_rank, (rank + 1) * per_rank))
+        loss = sample_loss(self.model(local).to_dict()).mean()
+        loss.backward()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        expected = self.reference.step(features, lambda outputs: sample_loss(outputs).mean())
+        return float(total) / ranks, expected
+
+    def check(self, tolerance: float = 1e-6) -> None:
+        """Weights within ``tolerance`` of the reference, counts exactly equal."""
+        weights = full_weights(self.model)
+        counts = torchrec_freq.row_counts(self.model)
+        assert list(counts) == [t.name for t in self.tables]
+        for name, table in self.reference.tables.items():
+            torch.testing.assert_close(
+                {name: weights[name].double()}, {name: table.weight}, rtol=0, atol=tolerance
+            )
+            torch.testing.assert_close(counts[name], table.count_tensor(), rtol=0, atol=0)
+
+
+def make_collection(tables: list[TableSpec], weighted: bool = False) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=t.name,
+                num_embeddings=t.rows,
+                embedding_dim=t.columns,
+                feature_names=t.features,
+                pooling=PoolingType.MEAN if t.mean else PoolingType.SUM,
+                # Small values keep the losses, and with them the rounding errors, small.
+                init_fn=lambda w: nn.init.uniform_(w, -0.2, 0.2),
+            )
+            for t in tables
+        ],
+        is_weighted=weighted,
+    )
+
+
+def shard(
+    collection: EmbeddingBagCollection,
+    plan: Mapping[str, Any],
+    sharder: EmbeddingBagCollectionSharder,
+    weights: Mapping[str, Tensor],
+) -> DistributedModelParallel:
+    """Shards by hand-made ``plan`` (table -> TorchRec generator) and copies ``weights`` in."""
+    module_plan = construct_module_sharding_plan(
+        collection, dict(plan), sharder=sharder, device_type="cpu"
+    )
+    model = DistributedModelParallel(
+        module=collection,
+        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        device=torch.device("cpu"),
+        plan=ShardingPlan(plan={"": module_plan}),
+        sharders=[sharder],
+    )
+    for name, value in model.state_dict().items():
+        whole = weights[name.split(".")[-2]]
+        for local in value.local_shards():
+            (row, column), (rows, columns) = (
+                local.metadata.shard_offsets,
+                local.metadata.shard_sizes,
+            )
+            local.tensor.copy_(whole[row : row + rows, column : column + columns])
+    return model
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole tables, the same on every rank."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole = torch.zeros(*value.size())
+        for local in value.local_shards():
+            (row, column), (rows, columns) = (
+                local.metadata.shard_offsets,
+                local.metadata.shard_sizes,
+            )
+            whole[row : row + rows, column : column + columns] = local.tensor
+        dist.all_reduce(whole)
+        weights[name.split(".")[-2]] = whole
+    return weights

@@ -1,0 +1,402 @@
+"""The engine on a bare TBE: FBGEMM's own counter kernel, bad ids, autograd, no host reads."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+    BoundsCheckMode,
+    EmbeddingLocation,
+    PoolingMode,
+)
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    CounterBasedRegularizationDefinition,
+    LearningRateMode,
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchrec_freq import COUNT_CEILING, FrequencyConfig
+from torchrec_freq import tbe as engine
+from torchrec_freq.counters import RowCounters
+from torchrec_freq.rule import row_multiplier
+from torchrec_freq.scale import TableScales
+from torchrec_freq.tbe import FrequencyTBE
+
+SHAPES = [(11, 8), (5, 16), (40, 16)]
+FEATURES = [0, 1, 1, 2]
+LR = 0.05
+
+
+def specs(shapes: list[tuple[int, int]] = SHAPES) -> list[Any]:
+    return [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in shapes]
+
+
+def make(config: FrequencyConfig | None = None, **options: Any) -> FrequencyTBE:
+    torch.manual_seed(0)
+    tbe = FrequencyTBE(
+        specs(),
+        frequency=config or FrequencyConfig(),
+        feature_table_map=FEATURES,
+        learning_rate=LR,
+        **options,
+    )
+    tbe.init_embedding_weights_uniform(-0.1, 0.1)
+    return tbe
+
+
+def make_stock(optimizer: EmbOptimType, **options: Any) -> SplitTableBatchedEmbeddingBagsCodegen:
+    torch.manual_seed(0)
+    tbe = SplitTableBatchedEmbeddingBagsCodegen(
+        specs(), optimizer=optimizer, feature_table_map=FEATURES, learning_rate=LR, **options
+    )
+    tbe.init_embedding_weights_uniform(-0.1, 0.1)
+    return tbe
+
+
+def batch(seed: int, size: int = 6, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
+    """Ids and offsets: skewed, with repetitions and empty bags."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4, (len(FEATURES), size), generator=generator)
+    ids = [
+        (SHAPES[t][0] * torch.rand(int(n.sum()), generator=generator) ** 2).long()
+        for t, n in zip(FEATURES, lengths, strict=True)
+    ]
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)))
+    return torch.cat(ids).to(dtype), offsets.to(dtype)
+
+
+def loss(output: Tensor) -> Tensor:
+    return (output * torch.linspace(0.5, 1.5, output.shape[1]) - 0.3).square().mean()
+
+
+def counts(tbe: FrequencyTBE) -> list[Tensor]:
+    return [tbe.counters.read(t) for t in range(len(SHAPES))]
+
+
+def test_equals_fbgemms_counter_sgd() -> None:
+    ours = make(FrequencyConfig(count="batches", coherence=0, normalize=None))
+    theirs = make_stock(
+        EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        eps=0.0,
+        weight_decay_mode=WeightDecayMode.COUNTER,
+        counter_based_regularization=CounterBasedRegularizationDefinition(
+            learning_rate_mode=LearningRateMode.COUNTER_SGD
+        ),
+    )
+    start = [weight.clone() for weight in ours.split_embedding_weights()]
+    for step in range(8):
+        ids, offsets = batch(step)
+        for tbe in (ours, theirs):
+            (loss(tbe(ids, offsets)) * 100).backward()
+    for t, (a, b) in enumerate(
+        zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True)
+    ):
+        assert (a - start[t]).abs().max() > 1e-2, "the test trains nothing"
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        their_counts = theirs.split_optimizer_states()[t][2]
+        torch.testing.assert_close(counts(ours)[t], their_counts.long(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
+def test_forward_is_the_stock_forward(pooling: PoolingMode) -> None:
+    ids, offsets = batch(0)
+    stock = make_stock(EmbOptimType.EXACT_SGD, pooling_mode=pooling)(ids, offsets)
+    ours = make(pooling_mode=pooling)
+    torch.testing.assert_close(ours(ids, offsets), stock, rtol=0, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, offsets), stock, rtol=0, atol=1e-7)
+
+
+def test_forward_without_grad_does_not_count() -> None:
+    tbe = make()
+    with torch.no_grad():
+        tbe(*batch(0))
+    tbe(*batch(0))  # never followed by a backward
+    assert tbe.counters.counts.sum() == 0
+    assert tbe.counters.steps == [0, 0, 0]
+
+
+def test_two_backwards_count_twice() -> None:
+    tbe = make()
+    ids, offsets = batch(0)
+    value = loss(tbe(ids, offsets))
+    value.backward(retain_graph=True)
+    value.backward()
+    assert tbe.counters.counts.sum() == 2 * ids.numel()
+    assert tbe.counters.steps == [2, 2, 2]
+
+
+def test_backwards_in_another_order_than_forwards() -> None:
+    tbe = make(FrequencyConfig(coherence=0, normalize=None))
+    other = make(FrequencyConfig(coherence=0, normalize=None))
+    first, second = batch(1), batch(2)
+    values = [loss(tbe(*first)), loss(tbe(*second))]
+    values[1].backward()
+    values[0].backward()
+    # The same gradients in the other tbe: both are taken at the start.
+    frozen = [loss(other(*first)), loss(other(*second))]
+    frozen[1].backward()
+    frozen[0].backward()
+    assert tbe.counters.counts.sum() == first[0].numel() + second[0].numel()
+    for a, b in zip(counts(tbe), counts(other), strict=True):
+        assert torch.equal(a, b)
+    expected = torch.zeros(SHAPES[0][0], dtype=torch.int64)
+    for ids, offsets in (first, second):
+        rows = ids[: int(offsets[6])]
+        expected.index_add_(0, rows, torch.ones_like(rows))
+    assert torch.equal(counts(tbe)[0], expected)
+
+
+def test_empty_batch_is_a_step() -> None:
+    tbe = make()
+    offsets = torch.zeros(len(FEATURES) * 2 + 1, dtype=torch.int64)
+    before = [weight.clone() for weight in tbe.split_embedding_weights()]
+    loss(tbe(torch.empty(0, dtype=torch.int64), offsets)).backward()
+    assert tbe.counters.steps == [1, 1, 1] and tbe.counters.counts.sum() == 0
+    for a, b in zip(before, tbe.split_embedding_weights(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_index_types_agree(dtype: torch.dtype) -> None:
+    tbe = make(embedding_table_index_type=dtype, embedding_table_offset_type=dtype)
+    wide = make()
+    for step in range(3):
+        loss(tbe(*batch(step, dtype=dtype))).backward()
+        loss(wide(*batch(step))).backward()
+    for a, b in zip(tbe.split_embedding_weights(), wide.split_embedding_weights(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(tbe.counters.counts, wide.counters.counts)
+
+
+def test_gradient_of_the_weights_is_the_stock_one() -> None:
+    ids, offsets = batch(3)
+    ours, stock = make(), make_stock(EmbOptimType.EXACT_SGD)
+    gradients = []
+    for tbe in (ours, stock):
+        weights = torch.linspace(0.5, 2, ids.numel()).requires_grad_()
+        loss(tbe(ids, offsets, weights)).backward()
+        assert weights.grad is not None
+        gradients.append(weights.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_another_type(dtype: torch.dtype) -> None:
+    ids, offsets = batch(3)
+    weights = torch.linspace(0.5, 2, ids.numel()).to(dtype)
+    a, b = make(), make()
+    for _ in range(3):
+        loss(a(ids, offsets, weights)).backward()
+        loss(b(ids, offsets, weights.float())).backward()
+    for x, y in zip(a.split_embedding_weights(), b.split_embedding_weights(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_learning_rate_reaches_the_kernel() -> None:
+    config = FrequencyConfig(coherence=0, normalize=None)
+    moved = []
+    for lr in (LR, 4 * LR):
+        tbe = make(config)
+        before = tbe.split_embedding_weights()[2].clone()
+        tbe.set_learning_rate(lr)
+        loss(tbe(*batch(0))).backward()
+        moved.append(tbe.split_embedding_weights()[2] - before)
+    assert moved[0].abs().max() > 0
+    torch.testing.assert_close(moved[1], 4 * moved[0], rtol=1e-3, atol=1e-8)
+
+
+def test_counter_near_its_ceiling() -> None:
+    tbe = make(FrequencyConfig(coherence=0, normalize=None))
+    start = torch.full((SHAPES[1][0],), COUNT_CEILING - 1)
+    tbe.counters.load(1, start, steps=1)
+    for step in range(3):
+        loss(tbe(*batch(step))).backward()
+    assert counts(tbe)[1].max() == COUNT_CEILING
+    assert counts(tbe)[1].min() >= COUNT_CEILING - 1
+    assert all(weight.isfinite().all() for weight in tbe.split_embedding_weights())
+
+
+BAD_IDS = {"too large": 11, "far too large": 2**40, "negative": -1}
+
+
+@pytest.mark.parametrize("bad", BAD_IDS.values(), ids=BAD_IDS)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        BoundsCheckMode.WARNING,
+        BoundsCheckMode.IGNORE,
+        BoundsCheckMode.FATAL,
+        BoundsCheckMode.NONE,
+    ],
+)
+def test_bad_ids_do_as_in_stock_sgd(mode: BoundsCheckMode, bad: int) -> None:
+    if mode == BoundsCheckMode.NONE and bad != 11:
+        pytest.skip("stock SGD reads outside its memory")
+
+    def run(tbe: Any) -> str:
+        ids, offsets = batch(0)
+        ids = ids.clone()
+        ids[0] = bad
+        try:
+            # Two steps: the first of FrequencySGD only measures the scale.
+            for _ in range(2):
+                loss(tbe(ids.clone(), offsets)).backward()
+        except (RuntimeError, IndexError) as error:
+            return type(error).__name__
+        moved = tbe.split_embedding_weights()[0] - start
+        return str(sorted(moved.abs().sum(1).nonzero().flatten().tolist()))
+
+    ours, stock = (
+        make(bounds_check_mode=mode),
+        make_stock(EmbOptimType.EXACT_SGD, bounds_check_mode=mode),
+    )
+    start = ours.split_embedding_weights()[0].clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = run(ours)
+        assert outcome == run(stock)
+    ids, offsets = batch(0)
+    first_table = int(offsets[6])
+    if outcome.startswith("["):
+        # The bad id was replaced by FBGEMM, and counts where it was put.
+        assert counts(ours)[0].sum() == 2 * first_table
+        assert counts(ours)[1].sum() + counts(ours)[2].sum() == 2 * (ids.numel() - first_table)
+    else:
+        assert ours.counters.counts.sum() == 0
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises on every operator whose result the host has to wait for."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in self.FORBIDDEN):
+            raise AssertionError(f"{func} makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+CONFIGS = {
+    "full": FrequencyConfig(half_life=2),
+    "batches": FrequencyConfig(count="batches"),
+    "paper": FrequencyConfig(coherence=0, normalize=None),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN, PoolingMode.NONE])
+def test_hot_path_reads_nothing_from_the_device(
+    config: FrequencyConfig, pooling: PoolingMode
+) -> None:
+    if pooling == PoolingMode.NONE:
+        tbe = FrequencyTBE(specs([(9, 8)]), frequency=config, pooling_mode=pooling)
+        ids, offsets = torch.tensor([1, 1, 8]), torch.tensor([0, 1, 3])
+    else:
+        tbe = make(config, pooling_mode=pooling)
+        ids, offsets = batch(0)
+    for _ in range(3):
+        # FBGEMM's own forward and backward may do as they like; ours are all that is watched.
+        output = tbe(ids, offsets)
+        (update,) = [hook.__self__ for hook in output._backward_hooks.values()]
+        with NoHostRead():
+            update.on_output_grad(torch.ones_like(output))
+            if update.weights_L is not None:
+                update.unpack(update)
+        assert tbe.counters.counts.sum() > 0
+
+
+def test_no_host_read_detects_one() -> None:
+    with NoHostRead(), pytest.raises(AssertionError, match="wait"):
+        torch.ones(3).sum().item()
+
+
+def test_same_functions_on_a_fake_gpu() -> None:
+    config = FrequencyConfig()
+    with FakeTensorMode():
+        gpu = torch.device("cuda")
+        offsets = torch.zeros(4 * 6 + 1, dtype=torch.int64, device=gpu)
+        ids = torch.zeros(30, dtype=torch.int64, device=gpu)
+        grad = torch.zeros(6, 8 + 3 * 16, device=gpu)
+        feature_L = engine.feature_of_lookup(offsets, 4, 30)
+        weights_L = engine.mean_pooling_weights(offsets, None, 30)
+        counters = RowCounters([11, 5, 40], gpu)
+        scales = TableScales(["x", "y", "z"], gpu)
+        counters.begin_step("samples")
+        counters.add(ids + feature_L, "samples")
+        counters.add(ids + feature_L, "batches")
+        table_F = torch.zeros(4, dtype=torch.int64, device=gpu)
+        squares_F = engine.bag_square_sums(grad, [8, 16, 16, 16]).sum(dim=1)
+        scales.add(table_F, squares_F, table_F)
+        scales.exchange()
+        multiplier_L = row_multiplier(
+            config,
+            counters.gather(ids),
+            counters.device_steps.index_select(0, table_F).index_select(0, feature_L),
+            scales.inverse().index_select(0, feature_L),
+        )
+        counters.end_step(half_life=1)
+        for tensor in (feature_L, weights_L, multiplier_L, counters.counts, scales.totals):
+            assert tensor.device.type == "cuda"
+        assert multiplier_L.shape == (30,) and multiplier_L.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dims", [[8], [8, 8, 8], [8, 16, 16, 4], [4, 8, 4]])
+def test_bag_square_sums(dims: list[int]) -> None:
+    grad = torch.randn(5, sum(dims))
+    want = torch.stack([part.square().sum(1) for part in grad.split(dims, dim=1)])
+    torch.testing.assert_close(engine.bag_square_sums(grad, dims), want)
+
+
+def test_options_of_another_rule_are_refused() -> None:
+    with pytest.raises(ValueError, match="gradient_clipping"):
+        make(gradient_clipping=True)
+    adagrad = make_stock(EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+    with pytest.raises(ValueError, match="EXACT_SGD"):
+        FrequencyTBE.adopt(adagrad, FrequencyConfig())
+
+
+def test_variable_batch_is_refused() -> None:
+    tbe = make()
+    ids, offsets = batch(0)
+    with pytest.raises(NotImplementedError, match="variable batch"):
+        tbe(ids, offsets, batch_size_per_feature_per_rank=[[6]] * len(FEATURES))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
+def test_cuda_equals_cpu(pooling: PoolingMode) -> None:
+    def on(device: str) -> FrequencyTBE:
+        place = EmbeddingLocation.HOST if device == "cpu" else EmbeddingLocation.DEVICE
+        compute = ComputeDevice.CPU if device == "cpu" else ComputeDevice.CUDA
+        return FrequencyTBE(
+            [(rows, dim, place, compute) for rows, dim in SHAPES],
+            frequency=FrequencyConfig(half_life=3),
+            feature_table_map=FEATURES,
+            learning_rate=LR,
+            pooling_mode=pooling,
+        )
+
+    cpu, gpu = on("cpu"), on("cuda")
+    torch.manual_seed(0)
+    for a, b in zip(cpu.split_embedding_weights(), gpu.split_embedding_weights(), strict=True):
+        b.copy_(a.uniform_(-0.1, 0.1))
+    for step in range(5):
+        ids, offsets = batch(step)
+        loss(cpu(ids, offsets)).backward()
+        output = gpu(ids.cuda(), offsets.cuda())
+        scale = torch.linspace(0.5, 1.5, output.shape[1], device="cuda")
+        (output * scale - 0.3).square().mean().backward()
+    assert torch.equal(cpu.counters.counts, gpu.counters.counts.cpu())
+    for a, b in zip(cpu.split_embedding_weights(), gpu.split_embedding_weights(), strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-6)

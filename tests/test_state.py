@@ -1,0 +1,113 @@
+"""Reading and loading counts under every plan, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import TABLES, Pair, full_weights
+from ranks import on_ranks
+from test_sharding import make_plan
+
+import torchrec_freq
+from torchrec_freq import COUNT_CEILING, load_row_counts, row_counts
+
+
+def random_counts(scale: int = 50) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {t.name: torch.randint(0, scale, (t.rows,), generator=generator) for t in TABLES}
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])
+@on_ranks(2)
+def test_loaded_counts_are_read_and_used(kind: str) -> None:
+    pair = Pair(TABLES, make_plan(kind, TABLES, 2), {"coherence": 0.4})
+    counts = random_counts()
+    load_row_counts(pair.model, counts, steps=40)
+    for name, table in pair.reference.tables.items():
+        table.counts.update(dict(enumerate(counts[name].tolist())))
+        table.steps = 40
+    pair.check()
+    for _ in range(3):
+        pair.step()
+    pair.check()
+    # Without steps the tables keep theirs, now 43.
+    load_row_counts(pair.model, {"c": counts["c"].float()})
+    reference = pair.reference.tables["c"]
+    reference.counts.clear()
+    reference.counts.update(dict(enumerate(counts["c"].tolist())))
+    for _ in range(3):
+        pair.step()
+    pair.check()
+
+
+@on_ranks(2)
+def test_known_frequencies() -> None:
+    pair = Pair(TABLES, make_plan("mixed", TABLES, 2), {"count": "frozen"})
+    with pytest.raises(RuntimeError, match="load_row_counts"):
+        pair.step()
+    counts = random_counts()
+    pair = Pair(TABLES, make_plan("mixed", TABLES, 2), {"count": "frozen"})
+    load_row_counts(pair.model, counts, steps=25)
+    for name, table in pair.reference.tables.items():
+        table.counts.update(dict(enumerate(counts[name].tolist())))
+        table.steps = 25
+    for _ in range(4):
+        pair.step()
+    pair.check()
+    assert all(torch.equal(row_counts(pair.model)[name], counts[name]) for name in counts)
+
+
+WRONG: dict[str, tuple[dict[str, Any], int | None, str]] = {
+    "unknown table": ({"z": torch.zeros(3)}, 1, "'z'.*a, b, c"),
+    "too short": ({"a": torch.zeros(3)}, 1, r"'a' has 12 rows.*\[3\]"),
+    "two dimensions": ({"a": torch.zeros(12, 1)}, 1, r"'a'.*\[12, 1\]"),
+    "negative": ({"a": torch.full((12,), -1)}, 1, "'a'.*-1"),
+    "not whole": ({"a": torch.full((12,), 0.5)}, 1, "'a'.*whole"),
+    "NaN": ({"a": torch.full((12,), torch.nan)}, 1, "'a'.*NaN"),
+    "infinite": ({"a": torch.full((12,), torch.inf)}, 1, "'a'"),
+    "too large": ({"a": torch.full((12,), COUNT_CEILING + 1)}, 1, f"'a'.*{COUNT_CEILING + 1}"),
+    "bool": ({"a": torch.zeros(12, dtype=torch.bool)}, 1, "'a'.*bool"),
+    "no steps": ({"a": torch.ones(12)}, None, "'b'.*give steps"),
+    "steps of 0": ({"a": torch.ones(12)}, 0, "steps value: 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@on_ranks(2)
+def test_wrong_counts_change_nothing(case: str) -> None:
+    wrong, steps, message = WRONG[case]
+    pair = Pair(TABLES, make_plan("mixed", TABLES, 2))
+    good = {"b": torch.ones(7)}
+    with pytest.raises(ValueError, match=message):
+        load_row_counts(pair.model, {**good, **wrong}, steps)
+    assert all(not counts.any() for counts in row_counts(pair.model).values())
+    pair.step()
+    pair.check()
+
+
+@on_ranks(2)
+def test_learning_rate_of_the_fused_optimizer() -> None:
+    pair = Pair(TABLES, make_plan("mixed", TABLES, 2))
+    pair.step()
+    for group in pair.model.fused_optimizer.param_groups:
+        group["lr"] = 0.004
+    # TorchRec hands a changed rate to the kernels in the fused optimizer's step.
+    pair.model.fused_optimizer.step()
+    pair.reference.lr = 0.004
+    for _ in range(3):
+        pair.step()
+    pair.check()
+    for group in pair.model.fused_optimizer.param_groups:
+        group["lr"] = 0.0
+    pair.model.fused_optimizer.step()
+    before = full_weights(pair.model)
+    pair.step()
+    for name, weight in full_weights(pair.model).items():
+        assert torch.equal(weight, before[name])
+
+
+def test_model_without_frequency_sgd() -> None:
+    with pytest.raises(ValueError, match="No table"):
+        torchrec_freq.row_counts(torch.nn.Linear(2, 2))
