@@ -15,7 +15,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -48,7 +48,8 @@ def sample_loss(outputs: Mapping[str, Tensor]) -> Tensor:
     for index, name in enumerate(sorted(outputs)):
         x = outputs[name]
         column = torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype)
-        total = total + (x * column).sum(dim=1) * (0.3 + 0.2 * index) + x.square().sum(dim=1)
+        linear, square = (x * column).mean(dim=1), x.square().mean(dim=1)
+        total = total + 16 * ((0.3 + 0.2 * index) * linear + square)
     assert isinstance(total, Tensor)
     return (total - 1.0).square() * 0.05
 
@@ -192,6 +193,9 @@ def shard(
     )
     for name, value in model.state_dict().items():
         whole = weights[name.split(".")[-2]]
+        if not isinstance(value, ShardedTensor):  # data parallel
+            value.copy_(whole)
+            continue
         for local in value.local_shards():
             (row, column), (rows, columns) = (
                 local.metadata.shard_offsets,
@@ -205,6 +209,9 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """Whole tables, the same on every rank."""
     weights = {}
     for name, value in model.state_dict().items():
+        if not isinstance(value, ShardedTensor):
+            weights[name.split(".")[-2]] = value.detach().clone()
+            continue
         whole = torch.zeros(*value.size())
         for local in value.local_shards():
             (row, column), (rows, columns) = (

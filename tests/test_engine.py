@@ -25,11 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrec_freq import COUNT_CEILING, FrequencyConfig
-from torchrec_freq import tbe as engine
-from torchrec_freq.counters import RowCounters
-from torchrec_freq.rule import row_multiplier
-from torchrec_freq.scale import TableScales
-from torchrec_freq.tbe import FrequencyTBE
+from torchrec_freq.group import Batch, TableGroup, bag_squares
+from torchrec_freq.tbe import FrequencyTBE, mean_pooling_weights
 
 SHAPES = [(11, 8), (5, 16), (40, 16)]
 FEATURES = [0, 1, 1, 2]
@@ -79,7 +76,7 @@ def loss(output: Tensor) -> Tensor:
 
 
 def counts(tbe: FrequencyTBE) -> list[Tensor]:
-    return [tbe.counters.read(t) for t in range(len(SHAPES))]
+    return [tbe.group.counters.read(t) for t in range(len(SHAPES))]
 
 
 def test_equals_fbgemms_counter_sgd() -> None:
@@ -121,8 +118,8 @@ def test_forward_without_grad_does_not_count() -> None:
     with torch.no_grad():
         tbe(*batch(0))
     tbe(*batch(0))  # never followed by a backward
-    assert tbe.counters.counts.sum() == 0
-    assert tbe.counters.steps == [0, 0, 0]
+    assert tbe.group.counters.counts.sum() == 0
+    assert tbe.group.counters.steps == [0, 0, 0]
 
 
 def test_two_backwards_count_twice() -> None:
@@ -131,8 +128,8 @@ def test_two_backwards_count_twice() -> None:
     value = loss(tbe(ids, offsets))
     value.backward(retain_graph=True)
     value.backward()
-    assert tbe.counters.counts.sum() == 2 * ids.numel()
-    assert tbe.counters.steps == [2, 2, 2]
+    assert tbe.group.counters.counts.sum() == 2 * ids.numel()
+    assert tbe.group.counters.steps == [2, 2, 2]
 
 
 def test_backwards_in_another_order_than_forwards() -> None:
@@ -146,7 +143,7 @@ def test_backwards_in_another_order_than_forwards() -> None:
     frozen = [loss(other(*first)), loss(other(*second))]
     frozen[1].backward()
     frozen[0].backward()
-    assert tbe.counters.counts.sum() == first[0].numel() + second[0].numel()
+    assert tbe.group.counters.counts.sum() == first[0].numel() + second[0].numel()
     for a, b in zip(counts(tbe), counts(other), strict=True):
         assert torch.equal(a, b)
     expected = torch.zeros(SHAPES[0][0], dtype=torch.int64)
@@ -161,7 +158,7 @@ def test_empty_batch_is_a_step() -> None:
     offsets = torch.zeros(len(FEATURES) * 2 + 1, dtype=torch.int64)
     before = [weight.clone() for weight in tbe.split_embedding_weights()]
     loss(tbe(torch.empty(0, dtype=torch.int64), offsets)).backward()
-    assert tbe.counters.steps == [1, 1, 1] and tbe.counters.counts.sum() == 0
+    assert tbe.group.counters.steps == [1, 1, 1] and tbe.group.counters.counts.sum() == 0
     for a, b in zip(before, tbe.split_embedding_weights(), strict=True):
         assert torch.equal(a, b)
 
@@ -175,7 +172,7 @@ def test_index_types_agree(dtype: torch.dtype) -> None:
         loss(wide(*batch(step))).backward()
     for a, b in zip(tbe.split_embedding_weights(), wide.split_embedding_weights(), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(tbe.counters.counts, wide.counters.counts)
+    assert torch.equal(tbe.group.counters.counts, wide.group.counters.counts)
 
 
 def test_gradient_of_the_weights_is_the_stock_one() -> None:
@@ -219,7 +216,7 @@ def test_learning_rate_reaches_the_kernel() -> None:
 def test_counter_near_its_ceiling() -> None:
     tbe = make(FrequencyConfig(coherence=0, normalize=None))
     start = torch.full((SHAPES[1][0],), COUNT_CEILING - 1)
-    tbe.counters.load(1, start, steps=1)
+    tbe.group.counters.load(1, start, steps=1)
     for step in range(3):
         loss(tbe(*batch(step))).backward()
     assert counts(tbe)[1].max() == COUNT_CEILING
@@ -273,7 +270,7 @@ def test_bad_ids_do_as_in_stock_sgd(mode: BoundsCheckMode, bad: int) -> None:
         assert counts(ours)[0].sum() == 2 * first_table
         assert counts(ours)[1].sum() + counts(ours)[2].sum() == 2 * (ids.numel() - first_table)
     else:
-        assert ours.counters.counts.sum() == 0
+        assert ours.group.counters.counts.sum() == 0
 
 
 class NoHostRead(TorchDispatchMode):
@@ -313,7 +310,7 @@ def test_hot_path_reads_nothing_from_the_device(
             update.on_output_grad(torch.ones_like(output))
             if update.weights_L is not None:
                 update.unpack(update)
-        assert tbe.counters.counts.sum() > 0
+        assert tbe.group.counters.counts.sum() > 0
 
 
 def test_no_host_read_detects_one() -> None:
@@ -321,41 +318,31 @@ def test_no_host_read_detects_one() -> None:
         torch.ones(3).sum().item()
 
 
-def test_same_functions_on_a_fake_gpu() -> None:
-    config = FrequencyConfig()
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_same_functions_on_a_fake_gpu(config: FrequencyConfig, pooled: bool) -> None:
     with FakeTensorMode():
         gpu = torch.device("cuda")
+        dims = [8, 16, 16] if pooled else [8, 8, 8]
+        group = TableGroup(config, [11, 5, 40], dims, FEATURES, pooled=pooled, device=gpu)
         offsets = torch.zeros(4 * 6 + 1, dtype=torch.int64, device=gpu)
         ids = torch.zeros(30, dtype=torch.int64, device=gpu)
-        grad = torch.zeros(6, 8 + 3 * 16, device=gpu)
-        feature_L = engine.feature_of_lookup(offsets, 4, 30)
-        weights_L = engine.mean_pooling_weights(offsets, None, 30)
-        counters = RowCounters([11, 5, 40], gpu)
-        scales = TableScales(["x", "y", "z"], gpu)
-        counters.begin_step("samples")
-        counters.add(ids + feature_L, "samples")
-        counters.add(ids + feature_L, "batches")
-        table_F = torch.zeros(4, dtype=torch.int64, device=gpu)
-        squares_F = engine.bag_square_sums(grad, [8, 16, 16, 16]).sum(dim=1)
-        scales.add(table_F, squares_F, table_F)
-        scales.exchange()
-        multiplier_L = row_multiplier(
-            config,
-            counters.gather(ids),
-            counters.device_steps.index_select(0, table_F).index_select(0, feature_L),
-            scales.inverse().index_select(0, feature_L),
-        )
-        counters.end_step(half_life=1)
-        for tensor in (feature_L, weights_L, multiplier_L, counters.counts, scales.totals):
+        grad = torch.zeros((6, 8 + 3 * 16) if pooled else (30, 8), device=gpu)
+        weights_L = mean_pooling_weights(offsets, None, 30)
+        for _ in range(3):
+            group.before_forward()
+            multiplier_L = group.step(Batch(ids, offsets, weights_L if pooled else None), grad)
+        assert multiplier_L is not None
+        for tensor in (weights_L, multiplier_L, group.counters.counts, group.scales.totals):
             assert tensor.device.type == "cuda"
         assert multiplier_L.shape == (30,) and multiplier_L.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dims", [[8], [8, 8, 8], [8, 16, 16, 4], [4, 8, 4]])
-def test_bag_square_sums(dims: list[int]) -> None:
+def test_bag_squares(dims: list[int]) -> None:
     grad = torch.randn(5, sum(dims))
     want = torch.stack([part.square().sum(1) for part in grad.split(dims, dim=1)])
-    torch.testing.assert_close(engine.bag_square_sums(grad, dims), want)
+    torch.testing.assert_close(bag_squares(grad, dims), want)
 
 
 def test_options_of_another_rule_are_refused() -> None:
@@ -364,13 +351,6 @@ def test_options_of_another_rule_are_refused() -> None:
     adagrad = make_stock(EmbOptimType.EXACT_ROWWISE_ADAGRAD)
     with pytest.raises(ValueError, match="EXACT_SGD"):
         FrequencyTBE.adopt(adagrad, FrequencyConfig())
-
-
-def test_variable_batch_is_refused() -> None:
-    tbe = make()
-    ids, offsets = batch(0)
-    with pytest.raises(NotImplementedError, match="variable batch"):
-        tbe(ids, offsets, batch_size_per_feature_per_rank=[[6]] * len(FEATURES))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -397,6 +377,6 @@ def test_cuda_equals_cpu(pooling: PoolingMode) -> None:
         output = gpu(ids.cuda(), offsets.cuda())
         scale = torch.linspace(0.5, 1.5, output.shape[1], device="cuda")
         (output * scale - 0.3).square().mean().backward()
-    assert torch.equal(cpu.counters.counts, gpu.counters.counts.cpu())
+    assert torch.equal(cpu.group.counters.counts, gpu.group.counters.counts.cpu())
     for a, b in zip(cpu.split_embedding_weights(), gpu.split_embedding_weights(), strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-6)

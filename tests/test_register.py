@@ -17,7 +17,7 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
-from torchrec.distributed.sharding_plan import data_parallel, row_wise, table_wise
+from torchrec.distributed.sharding_plan import row_wise, table_wise
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import torchrec_freq
@@ -109,7 +109,7 @@ def test_install_is_idempotent() -> None:
 def test_state_is_four_bytes_a_row() -> None:
     model = build(FrequencySGD, every(row_wise()))
     storages = {
-        shard.tbe.counters.counts.untyped_storage().data_ptr(): shard.tbe.counters.counts
+        shard.group.counters.counts.untyped_storage().data_ptr(): shard.group.counters.counts
         for _, tables in register.frequency_modules(model)
         for shard in tables.shards
     }
@@ -155,11 +155,10 @@ def test_class_of_a_table_wins_over_the_sharder() -> None:
     assert list(torchrec_freq.row_counts(model)) == ["b", "c"]
     ((_, tables),) = register.frequency_modules(model)
     assert len(tables.shards) == (2 if dist.get_rank() == 1 else 0)
-    assert all(s.tbe.frequency == FrequencyConfig(coherence=0.7) for s in tables.shards)
+    assert all(s.group.config == FrequencyConfig(coherence=0.7) for s in tables.shards)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
-    "data parallel": (data_parallel(), {}, ["'a'", "data_parallel", "sharding_types"]),
     "dense kernel": (table_wise(rank=0, compute_kernel="dense"), {}, ["'a'", "dense", "fused_uvm"]),
     "key-value": (table_wise(rank=0, compute_kernel="key_value"), {}, ["'a'", "key_value"]),
 }

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from models import TABLES, Pair, TableSpec
 from ranks import on_ranks, run_on_ranks
-from torchrec.distributed.sharding_plan import column_wise, row_wise, table_wise
+from torchrec.distributed.sharding_plan import (
+    column_wise,
+    data_parallel,
+    grid_shard,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import ShardingType
 
 # TorchRec's hand-made plans choose the dense kernel where only the sharder names an optimizer.
 FUSED = "fused"
+
+TWO_RANKS = ["table_wise", "row_wise", "column_wise", "column_wise on one rank", "data_parallel"]
+FOUR_RANKS = ["table_row_wise", "table_column_wise", "grid_shard"]
 
 RULES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -22,16 +34,33 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
+def table_column_wise(ranks: list[int]) -> Any:
+    """TorchRec has no generator of its own: column shards, all on one host."""
+
+    def generate(*arguments: Any) -> Any:
+        sharding = column_wise(ranks, compute_kernel=FUSED)(*arguments)
+        sharding.sharding_type = ShardingType.TABLE_COLUMN_WISE.value
+        return sharding
+
+    return generate
+
+
 def make_plan(kind: str, tables: list[TableSpec], ranks: int) -> dict[str, Any]:
     """A plan for TorchRec's ``construct_module_sharding_plan``."""
-    generators = {
+    generators: dict[str, Callable[[int], Any]] = {
         "table_wise": lambda i: table_wise(rank=i % ranks, compute_kernel=FUSED),
         "row_wise": lambda i: row_wise(compute_kernel=FUSED),
         "column_wise": lambda i: column_wise([r % ranks for r in range(2)], compute_kernel=FUSED),
+        "column_wise on one rank": lambda i: column_wise([i % ranks] * 2, compute_kernel=FUSED),
+        "data_parallel": lambda i: data_parallel(),
+        # On the hosts of 2 ranks each that four ranks stand for.
+        "table_row_wise": lambda i: table_row_wise(host_index=i % 2),
+        "table_column_wise": lambda i: table_column_wise([2 * (i % 2), 2 * (i % 2) + 1]),
+        "grid_shard": lambda i: grid_shard(host_indexes=[0, 1]),
     }
-    kinds = list(generators)
+    mixed = [name for name in generators if ranks == 4 or name in TWO_RANKS]
     return {
-        t.name: generators[kinds[i % len(kinds)] if kind == "mixed" else kind](i)
+        t.name: generators[mixed[i % len(mixed)] if kind == "mixed" else kind](i)
         for i, t in enumerate(tables)
     }
 
@@ -43,8 +72,13 @@ def train(
     weighted: bool = False,
     mean: bool = False,
     by_sharder: bool = False,
+    tables: list[TableSpec] = TABLES,
 ) -> None:
-    tables = [TableSpec(t.name, t.rows, t.columns, t.features, mean) for t in TABLES]
+    # TorchRec cuts grid shards 128 columns wide.
+    tables = [
+        TableSpec(t.name, t.rows, 256 if kind == "grid_shard" else t.columns, t.features, mean)
+        for t in tables
+    ]
     pair = Pair(
         tables,
         make_plan(kind, tables, ranks),
@@ -54,14 +88,14 @@ def train(
     )
     pair.check()
     for step in range(7):
-        # In step 2 one feature has no id anywhere, in step 4 neither feature of a whole table.
+        # In step 2 a feature of a shared table has no id anywhere, in step 4 a whole table.
         loss, expected = pair.step(skip={2: "f1", 4: "f0"}.get(step))
         assert abs(loss - expected) < 1e-6
         pair.check()
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
+@pytest.mark.parametrize("kind", TWO_RANKS)
 @on_ranks(2)
 def test_rule_under_every_plan(kind: str, rule: str) -> None:
     train(kind, 2, rule)
@@ -69,7 +103,7 @@ def test_rule_under_every_plan(kind: str, rule: str) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
+@pytest.mark.parametrize("kind", TWO_RANKS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_pooling_and_weights(ranks: int, kind: str, mean: bool, weighted: bool) -> None:
     if kind == "row_wise" and mean and weighted:
@@ -78,9 +112,45 @@ def test_pooling_and_weights(ranks: int, kind: str, mean: bool, weighted: bool) 
     run_on_ranks(ranks, train, arguments)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("kind", [*TWO_RANKS, *FOUR_RANKS])
+@on_ranks(4, hosts=2)
+def test_two_hosts(kind: str, weighted: bool) -> None:
+    train(kind, 4, weighted=weighted)
+
+
+@pytest.mark.parametrize("kind", ["table_row_wise", "table_column_wise"])
+@on_ranks(4, hosts=2)
+def test_mean_pooling_on_two_hosts(kind: str) -> None:
+    # TorchRec's own mean pooling is wrong under grid sharding.
+    train(kind, 4, mean=True)
+
+
+EIGHT_TABLES = [
+    TableSpec(f"t{i}", rows, columns, [f"x{i}"])
+    for i, (rows, columns) in enumerate(
+        [(12, 16), (4, 16), (9, 32), (20, 16), (5, 16), (17, 32), (2, 16), (8, 256)]
+    )
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
 @on_ranks(2)
-def test_mixed_plan() -> None:
-    train("mixed", 2)
+def test_mixed_plan(rule: str) -> None:
+    train("mixed", 2, rule, tables=EIGHT_TABLES)
+
+
+@on_ranks(4, hosts=2)
+def test_mixed_plan_on_two_hosts() -> None:
+    train("mixed", 4, tables=EIGHT_TABLES)
+
+
+@on_ranks(4, hosts=2)
+def test_shards_of_one_row_and_of_none() -> None:
+    # FBGEMM on CPU needs a row in some table of each rank.
+    rows = {"a": 1, "b": 2, "c": 3, "d": 20}
+    tables = [TableSpec(name, n, 16, [f"x_{name}"]) for name, n in rows.items()]
+    train("row_wise", 4, tables=tables)
 
 
 @on_ranks(2)

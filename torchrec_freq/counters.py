@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrec_freq.config import CountMode
 
@@ -16,7 +16,7 @@ COUNT_CEILING: Final = 2**30
 _INT32_MAX: Final = 2**31 - 1
 
 
-class RowCounters(nn.Module):
+class RowCounters:
     """Counters of the rows of one or more tables that lie behind each other in one tensor.
 
     Nothing here reads the device from the host: overflow is prevented by ``_bound``, a host-side
@@ -33,18 +33,12 @@ class RowCounters(nn.Module):
         device_steps: int64 [tables], the same on the device, for the rule.
     """
 
-    counts: Tensor
-    device_steps: Tensor
-
     def __init__(self, rows_per_table: Sequence[int], device: torch.device | None = None) -> None:
-        super().__init__()
         self.rows_per_table = tuple(rows_per_table)
         tables = len(self.rows_per_table)
-        counts_R = torch.zeros(sum(self.rows_per_table), dtype=torch.int32, device=device)
-        self.register_buffer("counts", counts_R, persistent=False)
+        self.counts = torch.zeros(sum(self.rows_per_table), dtype=torch.int32, device=device)
         self.steps = [0] * tables
-        steps_T = torch.zeros(tables, dtype=torch.int64, device=device)
-        self.register_buffer("device_steps", steps_T, persistent=False)
+        self.device_steps = torch.zeros(tables, dtype=torch.int64, device=device)
         self._since_halving = [0] * tables
         self._bound = 0
 
@@ -54,7 +48,7 @@ class RowCounters(nn.Module):
 
     def read(self, index: int) -> Tensor:
         """int64 [rows] copy of the counts of table ``index``."""
-        return self.table(index).clamp(max=COUNT_CEILING).to(torch.int64)
+        return self.saturated(index).to(torch.int64)
 
     def load(self, index: int, counts: Tensor, steps: int | None) -> None:
         """Replaces the counts of table ``index`` and, unless None, its number of steps.
@@ -114,6 +108,19 @@ class RowCounters(nn.Module):
         else:
             # Equal rows write equal values, so the order of the writes does not matter.
             self.counts.index_put_((rows_L,), self.counts.index_select(0, rows_L) + 1)
+
+    def add_occurrences(self, occurrences_R: Tensor, mode: CountMode) -> None:
+        """As :meth:`add`, from int32 [rows] numbers of occurrences, at most ``COUNT_CEILING``."""
+        if mode == "frozen":
+            return
+        added_R = occurrences_R if mode == "samples" else occurrences_R.clamp(max=1)
+        # Between two counts there is no host-side bound here, so every one is followed by a clamp.
+        self.counts.clamp_(max=COUNT_CEILING).add_(added_R).clamp_(max=COUNT_CEILING)
+        self._bound = COUNT_CEILING
+
+    def saturated(self, index: int) -> Tensor:
+        """int32 [rows], the counts of table ``index``, for use on the device."""
+        return self.table(index).clamp(max=COUNT_CEILING)
 
     def gather(self, rows_L: Tensor) -> Tensor:
         """int32 [lookups], the counts of ``rows_L``."""

@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,7 +25,10 @@ import torch.distributed as dist
 import torchrec.distributed.utils as torchrec_utils
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import (
+    BatchedDenseEmbedding,
+    BatchedDenseEmbeddingBag,
     BatchedFusedEmbedding,
     BatchedFusedEmbeddingBag,
 )
@@ -37,13 +40,18 @@ from torchrec.distributed.embedding_lookup import (
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv2D, ShardingType
+from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 
 from torchrec_freq.config import FrequencyConfig, check_learning_rate, make_config, pop_config
+from torchrec_freq.group import TableGroup
 from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.replicated import ReplicatedTBE, average_and_apply
 from torchrec_freq.scale import TableScales
 from torchrec_freq.tbe import FrequencyTBE
 
 _TABLES: Final = "_frequency_tables"
+_FBGEMM_LEARNING_RATE: Final = 0.01
+"""What FBGEMM takes where fused params name none."""
 _KERNELS: Final = (
     EmbeddingComputeKernel.FUSED.value,
     EmbeddingComputeKernel.FUSED_UVM.value,
@@ -89,16 +97,21 @@ class Table:
     name: str
     rows: int
     columns: int
+    config: FrequencyConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalShard:
-    """A shard of a table on this rank: ``tbe.counters.table(index)`` holds its counts."""
+    """A shard of a table on this rank: ``group.counters.table(index)`` holds its counts.
+
+    Attributes:
+        primary: of the shards that hold the same rows, all but one are replicas of this one.
+    """
 
     table: Table
     row_offset: int
-    column_offset: int
-    tbe: FrequencyTBE
+    primary: bool
+    group: TableGroup
     index: int
 
 
@@ -116,6 +129,7 @@ class FrequencyTables:
         self.process_group = process_group
         self.shards: list[LocalShard] = []
         self.scales = TableScales(list(self.tables))
+        self._normalized = any(table.config.normalize for table in tables)
 
     def attach(self, lookups: list[nn.Module], device: torch.device | None) -> None:
         """Finds this rank's shards in freshly made ``lookups`` and joins their scales."""
@@ -124,19 +138,27 @@ class FrequencyTables:
         self.shards = []
         for lookup in lookups:
             for kernel in lookup.modules():
-                if not isinstance(kernel, (FrequencyEmbeddingBag, FrequencyEmbedding)):
+                if not isinstance(kernel, _KERNEL_TYPES):
                     continue
-                tbe = kernel.frequency_tbe
+                group = kernel.frequency_group
                 positions = []
                 for index, config in enumerate(kernel.config.embedding_tables):
-                    row_offset, column_offset = config.local_metadata.shard_offsets
+                    if config.local_metadata is None:  # data parallel
+                        row_offset, primary = 0, self.rank == 0
+                    else:
+                        row_offset, column_offset = config.local_metadata.shard_offsets
+                        primary = column_offset == 0
                     table = self.tables[config.name]
-                    self.shards.append(LocalShard(table, row_offset, column_offset, tbe, index))
+                    self.shards.append(LocalShard(table, row_offset, primary, group, index))
                     positions.append(names.index(config.name))
-                tbe.share_scales(self.scales, positions)
+                group.share_scales(self.scales, positions)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.process_group is None else self.process_group.rank()
 
     def before_forward(self, module: nn.Module, inputs: Any) -> None:
-        if torch.is_grad_enabled():
+        if self._normalized and torch.is_grad_enabled():
             self.scales.exchange()
 
 
@@ -154,7 +176,7 @@ class FrequencyEmbeddingBag(BatchedFusedEmbeddingBag):
     def __init__(self, config: GroupedEmbeddingConfig, **kwargs: Any) -> None:
         stock, frequency = _split(config)
         super().__init__(stock, **kwargs)
-        self.frequency_tbe = FrequencyTBE.adopt(self._emb_module, frequency)
+        self.frequency_group = FrequencyTBE.adopt(self._emb_module, frequency).group
 
 
 class FrequencyEmbedding(BatchedFusedEmbedding):
@@ -163,7 +185,60 @@ class FrequencyEmbedding(BatchedFusedEmbedding):
     def __init__(self, config: GroupedEmbeddingConfig, **kwargs: Any) -> None:
         stock, frequency = _split(config)
         super().__init__(stock, **kwargs)
-        self.frequency_tbe = FrequencyTBE.adopt(self._emb_module, frequency)
+        self.frequency_group = FrequencyTBE.adopt(self._emb_module, frequency).group
+
+
+class _Replicated(FusedOptimizerModule):
+    """What the kernels of data-parallel tables add to TorchRec's dense ones."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, **kwargs: Any) -> None:
+        stock, frequency = _split(config)
+        super().__init__(stock, **kwargs)
+        learning_rate = (config.fused_params or {}).get("learning_rate", _FBGEMM_LEARNING_RATE)
+        tbe = ReplicatedTBE.adopt(
+            self._emb_module, frequency, self._feature_table_map, learning_rate, self._pg
+        )
+        self.frequency_group = tbe.group
+        for parameter in self._param_per_table.values():
+            # By this mark TorchRec's users keep a parameter out of their dense optimizer.
+            parameter._in_backward_optimizers = [EmptyFusedOptimizer()]
+        self._optim = ReplicatedFusedOptimizer(tbe, self._param_per_table)
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        return self._optim
+
+
+class ReplicatedEmbeddingBag(_Replicated, BatchedDenseEmbeddingBag):
+    """TorchRec's kernel for data-parallel pooled tables, on our TBE."""
+
+
+class ReplicatedEmbedding(_Replicated, BatchedDenseEmbedding):
+    """TorchRec's kernel for data-parallel sequence tables, on our TBE."""
+
+
+_KERNEL_TYPES: Final = (
+    FrequencyEmbeddingBag,
+    FrequencyEmbedding,
+    ReplicatedEmbeddingBag,
+    ReplicatedEmbedding,
+)
+
+
+class ReplicatedFusedOptimizer(FusedOptimizer):
+    """Hands the learning rate of data-parallel tables to their TBE, as TorchRec's own does."""
+
+    def __init__(self, tbe: ReplicatedTBE, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._tbe = tbe
+        group = {"params": list(parameters.values()), "lr": tbe.learning_rate}
+        params = {f"{table}.weight": parameter for table, parameter in parameters.items()}
+        super().__init__(params, {parameter: {} for parameter in params.values()}, [group])
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        self.step()
+
+    def step(self, closure: Any = None) -> None:
+        self._tbe.set_learning_rate(self.param_groups[0]["lr"])
 
 
 def install() -> None:
@@ -171,26 +246,37 @@ def install() -> None:
     optimizers: dict[Any, Any] = torchrec_utils._OPTIMIZER_CLASS_TO_EMB_OPT_TYPE
     if FrequencySGD in optimizers:
         return
-    _wrap_kernel(GroupedPooledEmbeddingsLookup, FrequencyEmbeddingBag)
-    _wrap_kernel(GroupedEmbeddingsLookup, FrequencyEmbedding)
+    _wrap_kernel(
+        GroupedPooledEmbeddingsLookup,
+        fused=FrequencyEmbeddingBag,
+        dense=ReplicatedEmbeddingBag,
+        arguments=("pg", "device", "sharding_type"),
+    )
+    _wrap_kernel(
+        GroupedEmbeddingsLookup,
+        fused=FrequencyEmbedding,
+        dense=ReplicatedEmbedding,
+        arguments=("pg", "device"),
+    )
     _wrap_sharded(ShardedEmbeddingBagCollection)
     _wrap_sharded(ShardedEmbeddingCollection)
     optimizers[FrequencySGD] = FrequencyConfig()
 
 
-def _wrap_kernel(lookup: type[Any], kernel: type[Any]) -> None:
+def _wrap_kernel(
+    lookup: type[Any], *, fused: type[Any], dense: type[Any], arguments: Sequence[str]
+) -> None:
     stock = lookup._create_embedding_kernel
     signature = inspect.signature(stock)
-    accepted = inspect.signature(kernel.__bases__[0]).parameters
+    kernels = {EmbeddingComputeKernel.FUSED: fused, EmbeddingComputeKernel.DENSE: dense}
 
     @functools.wraps(stock)
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         if not _is_frequency(given["config"].fused_params):
             return stock(self, *args, **kwargs)
-        if given["config"].compute_kernel != EmbeddingComputeKernel.FUSED:
-            raise ValueError(_kernel_message(given["config"].compute_kernel.value))
-        made = kernel(**{name: value for name, value in given.items() if name in accepted})
+        kernel = kernels[given["config"].compute_kernel]
+        made = kernel(given["config"], **{name: given.get(name) for name in arguments})
         # Only the stock method records that tables cached from host memory are to be prefetched.
         if hasattr(self, "_need_prefetch"):
             self._need_prefetch |= any(
@@ -220,6 +306,11 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         self.__dict__[_TABLES] = handle
         stock_init(self, *args, **kwargs)
         self.register_forward_pre_hook(handle.before_forward)
+        for lookup in self._lookups:
+            if isinstance(lookup, DistributedDataParallel) and any(
+                isinstance(kernel, _Replicated) for kernel in lookup.modules()
+            ):
+                lookup.register_comm_hook(handle.process_group, average_and_apply)
 
     @functools.wraps(stock_lookups)
     def create_lookups(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -244,17 +335,20 @@ def _find_tables(
     tables = []
     for config in configs:
         parameter = parameters.get(f"{prefix}.{config.name}.weight")
-        classes = getattr(parameter, "_optimizer_classes", [])
-        chosen = FrequencySGD in classes if classes else _is_frequency(shared)
-        if chosen:
-            own = getattr(parameter, "_optimizer_kwargs", [{}])[0]
-            foreign = [name for name in _FOREIGN_OPTIONS if name in shared or name in own]
-            if foreign:
-                raise ValueError(
-                    f"Table {config.name!r}: FrequencySGD has no {', '.join(foreign)}; "
-                    "FBGEMM would ignore it. Take it out of the fused params."
-                )
-            tables.append(Table(config.name, config.num_embeddings, config.embedding_dim))
+        params = {**shared, **getattr(parameter, "_optimizer_kwargs", [{}])[0]}
+        for optimizer in getattr(parameter, "_optimizer_classes", []):
+            params["optimizer"] = torchrec_utils.optimizer_type_to_emb_opt_type(optimizer)
+        if not _is_frequency(params):
+            continue
+        frequency = pop_config(params, params.pop("optimizer"))
+        foreign = [name for name in _FOREIGN_OPTIONS if name in params]
+        if foreign:
+            raise ValueError(
+                f"Table {config.name!r}: FrequencySGD has no {', '.join(foreign)}; FBGEMM would "
+                "ignore it. Take it out of the fused params."
+            )
+        rows, columns = config.num_embeddings, config.embedding_dim
+        tables.append(Table(config.name, rows, columns, frequency))
     return tables
 
 
@@ -272,21 +366,14 @@ def _refuse(tables: list[Table], plan: Mapping[str, ParameterSharding], env: Any
         )
     for table in tables:
         sharding = plan[table.name]
-        if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+        replicated = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        kernels = (EmbeddingComputeKernel.DENSE.value,) if replicated else _KERNELS
+        if sharding.compute_kernel not in kernels:
             raise ValueError(
-                f"Table {table.name!r} is planned as data_parallel, where TorchRec drops fused "
-                "optimizers without a word. Constrain the planner: ParameterConstraints("
-                "sharding_types=[...]) without data_parallel, or give the table another optimizer."
+                f"Table {table.name!r}: FrequencySGD does not run on compute kernel "
+                f"{sharding.compute_kernel!r} under {sharding.sharding_type}. Constrain the "
+                f"planner: ParameterConstraints(compute_kernels=[...]) with {', '.join(kernels)}."
             )
-        if sharding.compute_kernel not in _KERNELS:
-            raise ValueError(f"Table {table.name!r}: {_kernel_message(sharding.compute_kernel)}")
-
-
-def _kernel_message(kernel: str) -> str:
-    return (
-        f"FrequencySGD does not run on compute kernel {kernel!r}. Constrain the planner: "
-        f"ParameterConstraints(compute_kernels=[...]) with {', '.join(_KERNELS)}."
-    )
 
 
 def _is_frequency(params: Mapping[str, Any] | None) -> bool:

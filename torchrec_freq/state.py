@@ -31,9 +31,8 @@ def row_counts(model: nn.Module) -> dict[str, Tensor]:
     for handle, table in _tables(model):
         counts_R = torch.zeros(table.rows, dtype=torch.int64)
         for shard in handle.shards:
-            # Column shards of the same rows hold replicas: the first speaks for all.
-            if shard.table is table and shard.column_offset == 0:
-                local_R = shard.tbe.counters.read(shard.index).cpu()
+            if shard.table is table and shard.primary:
+                local_R = shard.group.counters.read(shard.index).cpu()
                 counts_R[shard.row_offset : shard.row_offset + local_R.numel()] = local_R
         if handle.process_group is not None and handle.process_group.size() > 1:
             for chunk_R in counts_R.split(_CHUNK_ROWS):
@@ -76,7 +75,7 @@ def load_row_counts(
     for name, counts_R in counts.items():
         for shard in tables[name][0].shards:
             if shard.table.name == name:
-                counters = shard.tbe.counters
+                counters = shard.group.counters
                 rows = counters.rows_per_table[shard.index]
                 local_R = counts_R[shard.row_offset : shard.row_offset + rows]
                 kept = counters.steps[shard.index] or 1
@@ -105,7 +104,7 @@ def _require_steps(tables: Mapping[str, tuple[FrequencyTables, Table]]) -> None:
     """Refuses, on every rank alike, a table that needs a number of steps and has none."""
     for name, (handle, table) in tables.items():
         missing = any(
-            shard.tbe.frequency.coherence and not shard.tbe.counters.steps[shard.index]
+            shard.group.config.coherence and not shard.group.counters.steps[shard.index]
             for shard in handle.shards
             if shard.table is table
         )

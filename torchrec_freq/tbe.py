@@ -9,6 +9,9 @@ backward ``weight_l * multiplier_i`` instead, so the update stays inside FBGEMM'
 2. backward, before the operator's own: a hook on the output's gradient counts the batch's rows,
    and turns counts, steps and table scale into one multiplier a lookup;
 3. backward of the operator: it unpacks the saved weights and gets them times the multiplier.
+
+Without pooling FBGEMM has no per-sample weights, but a gradient row a lookup, which the hook of
+step 2 scales instead.
 """
 
 from __future__ import annotations
@@ -24,38 +27,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.counters import RowCounters
-from torchrec_freq.rule import row_multiplier
-from torchrec_freq.scale import TableScales
-
-
-def lookups_of_feature(offsets: Tensor, features: int) -> Tensor:
-    """Number of lookups of each feature.
-
-    Args:
-        offsets: [features * batch + 1] bag offsets, feature-major, as FBGEMM takes them.
-
-    Returns:
-        [features], of the type of ``offsets``.
-    """
-    batch = (offsets.numel() - 1) // features
-    return offsets.as_strided((features + 1,), (batch,)).diff()
-
-
-def feature_of_lookup(offsets: Tensor, features: int, lookups: int) -> Tensor:
-    """Feature of each lookup, without reading the device.
-
-    Args:
-        offsets: [features * batch + 1] bag offsets, feature-major.
-        features: number of features.
-        lookups: number of lookups, ``offsets[-1]``.
-
-    Returns:
-        int64 [lookups], ascending.
-    """
-    feature_F = torch.arange(features, device=offsets.device)
-    lengths_F = lookups_of_feature(offsets, features)
-    return torch.repeat_interleave(feature_F, lengths_F, output_size=lookups)
+from torchrec_freq.group import Batch, TableGroup, VariableBatch
 
 
 def mean_pooling_weights(offsets: Tensor, weights_L: Tensor | None, lookups: int) -> Tensor:
@@ -70,28 +42,20 @@ def mean_pooling_weights(offsets: Tensor, weights_L: Tensor | None, lookups: int
     return inverse_L if weights_L is None else weights_L * inverse_L
 
 
-def bag_square_sums(grad: Tensor, dims: list[int]) -> Tensor:
-    """Sum of squares over the columns of each feature's part of a pooled output's gradient.
+def variable_batch(metadata: Any, sizes: list[list[int]] | None) -> VariableBatch | None:
+    """The layout of a variable batch from FBGEMM's ``VBEMetadata``; None for a fixed batch.
 
     Args:
-        grad: [batch, sum of dims].
-        dims: columns of each feature.
-
-    Returns:
-        float32 [features, batch].
+        sizes: [features][ranks] bags, as given to FBGEMM.
     """
-    parts_B = []
-    first = column = 0
-    while first < len(dims):
-        # Neighbours of equal width are one strided view: one kernel instead of one a feature.
-        last = first
-        while last < len(dims) and dims[last] == dims[first]:
-            last += 1
-        width = (last - first) * dims[first]
-        run_BFD = grad.narrow(1, column, width).unflatten(1, (last - first, dims[first]))
-        parts_B.append(torch.linalg.vector_norm(run_BFD, dim=2, dtype=torch.float32).square_())
-        first, column = last, column + width
-    return (parts_B[0] if len(parts_B) == 1 else torch.cat(parts_B, dim=1)).t()
+    if sizes is None:
+        return None
+    outputs = metadata.vbe_output_offsets
+    if outputs is None:
+        outputs = metadata.output_offsets_feature_rank.narrow(
+            0, 0, metadata.output_offsets_feature_rank.numel() - 1
+        )
+    return VariableBatch(sizes, metadata.B_offsets_rank_per_feature, outputs.view(-1, len(sizes)))
 
 
 class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
@@ -103,15 +67,13 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
         frequency: the rule's settings.
 
     Attributes:
-        counters: counts and steps of the tables of this TBE.
-        scales: gradient scales; shared by all shards of a sharded module (:meth:`share_scales`).
+        group: counters and gradient scales of its tables.
 
     Raises:
         ValueError: an FBGEMM option that the rule would silently ignore.
     """
 
-    counters: RowCounters
-    scales: TableScales
+    group: TableGroup
     pooling_mode: PoolingMode
 
     def __init__(self, *args: Any, frequency: FrequencyConfig, **kwargs: Any) -> None:
@@ -138,36 +100,23 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
                 "gradient_clipping=True: FBGEMM would clip after the row's multiplier, which is "
                 "another rule; set it to False"
             )
-        self.frequency = frequency
-        device = self.current_device
-        self.counters = RowCounters([spec[0] for spec in self.embedding_specs], device)
-        self._dims = [self.embedding_specs[t][1] for t in self.feature_table_map]
-        table_F = torch.tensor(self.feature_table_map, dtype=torch.int64, device=device)
-        self.register_buffer("_table_of_feature", table_F, persistent=False)
+        self.group = TableGroup(
+            frequency,
+            [spec[0] for spec in self.embedding_specs],
+            [spec[1] for spec in self.embedding_specs],
+            self.feature_table_map,
+            pooled=not self.is_nobag,
+            device=self.current_device,
+        )
         # Tells FBGEMM that no gradient of the weights is wanted: it costs as much as the update.
-        no_grad_F = torch.zeros(len(self._dims), dtype=torch.int32, device=device)
-        self.register_buffer("_no_weight_grad", no_grad_F, persistent=False)
+        self._no_weight_grad = torch.zeros(
+            len(self.feature_table_map), dtype=torch.int32, device=self.current_device
+        )
         # FBGEMM's CPU backward ignores 1/length where weights are given, so mean pooling is done
         # by the weights.
         self._mean_pooling = self.pooling_mode == PoolingMode.MEAN
         if self._mean_pooling:
             self.pooling_mode = PoolingMode.SUM
-        names = [str(t) for t in range(len(self.embedding_specs))]
-        dim_F = torch.tensor(self._dims, dtype=torch.int64, device=device)
-        self.register_buffer("_dim_of_feature", dim_F, persistent=False)
-        self._own_scales = True
-        self.scales = TableScales(names, device)
-        self.register_buffer("_scale_of_feature", table_F.clone(), persistent=False)
-
-    def share_scales(self, scales: TableScales, positions: list[int]) -> None:
-        """Uses ``scales`` from now on; its owner calls ``exchange()`` before each forward.
-
-        Args:
-            positions: position in ``scales.names`` of each table of this TBE.
-        """
-        self.scales = scales
-        self._own_scales = False
-        self._scale_of_feature.copy_(torch.tensor([positions[t] for t in self.feature_table_map]))
 
     def forward(
         self,
@@ -179,11 +128,6 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
         **kwargs: Any,
     ) -> Tensor:
         """As the stock forward; where a gradient is recorded, its backward counts and updates."""
-        if batch_size_per_feature_per_rank is not None:
-            raise NotImplementedError(
-                "FrequencySGD does not support a variable batch size per feature yet; "
-                "give all features of the KeyedJaggedTensor the same batch size"
-            )
         lookups = indices.numel()
         weights_L = per_sample_weights
         if weights_L is not None:
@@ -191,46 +135,66 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
             weights_L = weights_L.to(torch.float32)
         if self._mean_pooling:
             weights_L = mean_pooling_weights(offsets, weights_L, lookups)
+        output: Tensor
         if not torch.is_grad_enabled():
-            output: Tensor = super().forward(indices, offsets, weights_L, **kwargs)
+            output = super().forward(
+                indices,
+                offsets,
+                weights_L,
+                feature_requires_grad,
+                batch_size_per_feature_per_rank,
+                **kwargs,
+            )
             return output
 
-        if self._own_scales and self.frequency.normalize is not None:
-            self.scales.exchange()
-        if lookups == 0 or self.is_nobag:
-            update = _Update(self, None)
-            output = super().forward(indices, offsets, weights_L, feature_requires_grad, **kwargs)
-        else:
+        self.group.before_forward()
+        # An empty tensor has no address to be recognised by, and without pooling there are none.
+        hooked = lookups > 0 and not self.is_nobag
+        if hooked:
             if weights_L is None:
                 weights_L = torch.ones(lookups, dtype=torch.float32, device=indices.device)
             if feature_requires_grad is None and not weights_L.requires_grad:
                 feature_requires_grad = self._no_weight_grad
-            update = _Update(self, weights_L.detach())
-            with torch.autograd.graph.saved_tensors_hooks(update.pack, update.unpack):
-                output = super().forward(
-                    indices, offsets, weights_L, feature_requires_grad, **kwargs
-                )
-            if update.packed != 1:
-                raise RuntimeError(
-                    f"FBGEMM saved the per-sample weights {update.packed} times instead of once: "
-                    "this version of FBGEMM is not one that torchrec_freq knows"
-                )
+        update = _Update(self.group, weights_L if hooked else None)
+        with torch.autograd.graph.saved_tensors_hooks(update.pack, update.unpack):
+            output = super().forward(
+                indices,
+                offsets,
+                weights_L,
+                feature_requires_grad,
+                batch_size_per_feature_per_rank,
+                **kwargs,
+            )
+        if hooked and update.packed != 1:
+            raise RuntimeError(
+                f"FBGEMM saved the per-sample weights {update.packed} times instead of once: "
+                "this version of FBGEMM is not one that torchrec_freq knows"
+            )
         # Bounds-checked by the stock forward, and overwritten by the next one.
-        update.indices, update.offsets = self._indices, self._offsets
+        update.batch = Batch(
+            self._indices,
+            self._offsets,
+            update.weights_L,
+            variable_batch(self._vbe_metadata, batch_size_per_feature_per_rank),
+        )
         if output.requires_grad:
             output.register_hook(update.on_output_grad)
         return output
+
+    def _generate_vbe_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        # The stock forward keeps only part of it.
+        self._vbe_metadata = super()._generate_vbe_metadata(*args, **kwargs)
+        return self._vbe_metadata
 
 
 class _Update:
     """What one forward keeps for its backward."""
 
-    indices: Tensor
-    offsets: Tensor
+    batch: Batch
 
-    def __init__(self, tbe: FrequencyTBE, weights_L: Tensor | None) -> None:
-        self.tbe = tbe
-        self.weights_L = weights_L
+    def __init__(self, group: TableGroup, weights_L: Tensor | None) -> None:
+        self.group = group
+        self.weights_L = None if weights_L is None else weights_L.detach()
         self.packed = 0
         self.multiplier_L: Tensor | None = None
 
@@ -260,39 +224,7 @@ class _Update:
     @torch.no_grad()
     def on_output_grad(self, grad: Tensor) -> Tensor | None:
         """Counts the batch and computes its multipliers; runs before FBGEMM's backward."""
-        tbe, config = self.tbe, self.tbe.frequency
-        counters, scales = tbe.counters, tbe.scales
-        counters.begin_step(config.count)
-        lookups, features = self.indices.numel(), len(tbe._dims)
-        result = None
-        if lookups:
-            feature_L = feature_of_lookup(self.offsets, features, lookups)
-            rows_L = self.indices.to(torch.int64) + tbe.hash_size_cumsum.index_select(0, feature_L)
-            counters.add(rows_L, config.count)
-            steps_L = inverse_L = None
-            if config.coherence:
-                steps_F = counters.device_steps.index_select(0, tbe._table_of_feature)
-                steps_L = steps_F.index_select(0, feature_L)
-            if config.normalize is not None:
-                inverse_F = scales.inverse().index_select(0, tbe._scale_of_feature)
-                inverse_L = inverse_F.index_select(0, feature_L)
-                self._measure(grad, feature_L)
-            self.multiplier_L = row_multiplier(config, counters.gather(rows_L), steps_L, inverse_L)
-            if tbe.is_nobag:
-                result = grad * self.multiplier_L.unsqueeze(1).to(grad.dtype)
-        counters.end_step(config.half_life)
-        return result
-
-    def _measure(self, grad: Tensor, feature_L: Tensor) -> None:
-        tbe = self.tbe
-        if tbe.is_nobag:
-            squares_L = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square_()
-            squares_F = squares_L.new_zeros(len(tbe._dims)).index_add_(0, feature_L, squares_L)
-        else:
-            assert self.weights_L is not None
-            weights_B = torch.ops.fbgemm.segment_sum_csr(
-                1, self.offsets, self.weights_L.square()
-            ).view(len(tbe._dims), -1)
-            squares_F = (bag_square_sums(grad, tbe._dims) * weights_B).sum(dim=1)
-        elements_F = lookups_of_feature(self.offsets, len(tbe._dims)) * tbe._dim_of_feature
-        tbe.scales.add(tbe._scale_of_feature, squares_F, elements_F)
+        self.multiplier_L = self.group.step(self.batch, grad)
+        if self.group.pooled or self.multiplier_L is None:
+            return None
+        return grad * self.multiplier_L.unsqueeze(1).to(grad.dtype)
