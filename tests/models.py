@@ -114,7 +114,9 @@ class Pair:
         weights = {t.name: collection.embedding_bags[t.name].weight.detach() for t in tables}
         self.reference = ReferenceModel(
             {
-                t.name: ReferenceTable(weights[t.name], t.features, mean=t.mean, **options)
+                t.name: ReferenceTable(
+                    weights[t.name], t.features, pooling="mean" if t.mean else "sum", **options
+                )
                 for t in tables
             },
             LR,
@@ -175,9 +177,9 @@ def make_collection(tables: list[TableSpec], weighted: bool = False) -> Embeddin
 
 
 def shard(
-    collection: EmbeddingBagCollection,
+    collection: nn.Module,
     plan: Mapping[str, Any],
-    sharder: EmbeddingBagCollectionSharder,
+    sharder: Any,
     weights: Mapping[str, Tensor],
 ) -> DistributedModelParallel:
     """Shards by hand-made ``plan`` (table -> TorchRec generator) and copies ``weights`` in."""
@@ -192,7 +194,9 @@ def shard(
         sharders=[sharder],
     )
     for name, value in model.state_dict().items():
-        whole = weights[name.split(".")[-2]]
+        whole = weights.get(name.split(".")[-2])
+        if whole is None:  # not a table
+            continue
         if not isinstance(value, ShardedTensor):  # data parallel
             value.copy_(whole)
             continue
@@ -205,10 +209,12 @@ def shard(
     return model
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Whole tables, the same on every rank."""
+def full_weights(model: nn.Module, only: str = "") -> dict[str, Tensor]:
+    """Whole tables, the same on every rank; of those whose state key has ``only`` in it."""
     weights = {}
     for name, value in model.state_dict().items():
+        if only not in name:
+            continue
         if not isinstance(value, ShardedTensor):
             weights[name.split(".")[-2]] = value.detach().clone()
             continue

@@ -31,7 +31,7 @@ class ReferenceTable:
 
     weight: Tensor
     features: list[str]
-    mean: bool = False
+    pooling: str = "sum"  # or "mean", or "none": the feature's output has a row a lookup
     count: str = "samples"
     min_count: float = 1
     half_life: int | None = None
@@ -84,15 +84,17 @@ class ReferenceModel:
         """One step on the global batch.
 
         Args:
-            loss: mean loss of the global batch from ``{feature: [batch, columns] float64}``.
+            loss: mean loss of the global batch from ``{feature: [bags, columns] float64}``.
         """
         by_name = {feature.name: feature for feature in features}
         outputs: dict[str, Tensor] = {}
         leaves: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in self.tables}
         for name, table in self.tables.items():
+            columns = table.weight.shape[1]
             for feature_name in table.features:
                 feature = by_name[feature_name]
                 pooled = []
+                first = len(leaves[name])
                 for b, bag in enumerate(feature.bags):
                     total = torch.zeros(table.weight.shape[1], dtype=torch.float64)
                     for i, row in enumerate(bag):
@@ -100,8 +102,10 @@ class ReferenceModel:
                         leaves[name].append((row, leaf))
                         weight = feature.weights[b][i] if feature.weights else 1.0
                         total = total + leaf * weight
-                    pooled.append(total / len(bag) if table.mean and bag else total)
-                outputs[feature_name] = torch.stack(pooled)
+                    pooled.append(total / len(bag) if table.pooling == "mean" and bag else total)
+                if table.pooling == "none":
+                    pooled = [leaf for _, leaf in leaves[name][first:]]
+                outputs[feature_name] = torch.stack(pooled) if pooled else torch.zeros(0, columns)
         value = loss(outputs)
         value.backward()
         for name, table in self.tables.items():

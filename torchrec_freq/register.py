@@ -52,6 +52,8 @@ from torchrec_freq.tbe import FrequencyTBE
 _TABLES: Final = "_frequency_tables"
 _FBGEMM_LEARNING_RATE: Final = 0.01
 """What FBGEMM takes where fused params name none."""
+# Names that DistributedModelParallel and DDP put in front of a module's own path.
+_WRAPPERS: Final = ("_dmp_wrapped_module", "module")
 _KERNELS: Final = (
     EmbeddingComputeKernel.FUSED.value,
     EmbeddingComputeKernel.FUSED_UVM.value,
@@ -167,7 +169,7 @@ def frequency_modules(model: nn.Module) -> Iterator[tuple[str, FrequencyTables]]
     for path, module in model.named_modules():
         tables = module.__dict__.get(_TABLES)
         if tables is not None:
-            yield path, tables
+            yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), tables
 
 
 class FrequencyEmbeddingBag(BatchedFusedEmbeddingBag):

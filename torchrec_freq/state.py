@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,14 @@ def row_counts(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         table name -> int64 CPU tensor [num_embeddings]: occurrences of each row so far, halved by
-        ``half_life``, at most ``torchrec_freq.COUNT_CEILING``.
+        ``half_life``, at most ``torchrec_freq.COUNT_CEILING``. Tables of the same name in two
+        modules are told apart by the module's path, as in ``"user_arch.ebc.item"``.
 
     Raises:
-        ValueError: the model has no such table, or two of the same name.
+        ValueError: no table of the model trains with FrequencySGD.
     """
     counts: dict[str, Tensor] = {}
-    for handle, table in _tables(model):
+    for name, (handle, table) in _tables(model).items():
         counts_R = torch.zeros(table.rows, dtype=torch.int64)
         for shard in handle.shards:
             if shard.table is table and shard.primary:
@@ -39,7 +41,7 @@ def row_counts(model: nn.Module) -> dict[str, Tensor]:
                 summed_R = chunk_R.to(handle.scales.totals.device)
                 dist.all_reduce(summed_R, group=handle.process_group)
                 chunk_R.copy_(summed_R)
-        counts[table.name] = counts_R
+        counts[name] = counts_R
     return counts
 
 
@@ -63,7 +65,7 @@ def load_row_counts(
     """
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"Invalid steps value: {steps!r}. Must be a whole number >= 1, or None.")
-    tables = {table.name: (handle, table) for handle, table in _tables(model)}
+    tables = _tables(model)
     for name, counts_R in counts.items():
         if name not in tables:
             raise ValueError(
@@ -73,8 +75,9 @@ def load_row_counts(
     if steps is None:
         _require_steps({name: tables[name] for name in counts})
     for name, counts_R in counts.items():
-        for shard in tables[name][0].shards:
-            if shard.table.name == name:
+        handle, table = tables[name]
+        for shard in handle.shards:
+            if shard.table is table:
                 counters = shard.group.counters
                 rows = counters.rows_per_table[shard.index]
                 local_R = counts_R[shard.row_offset : shard.row_offset + rows]
@@ -82,22 +85,23 @@ def load_row_counts(
                 counters.load(shard.index, local_R, kept if steps is None else steps)
 
 
-def _tables(model: nn.Module) -> Iterator[tuple[FrequencyTables, Table]]:
-    seen: dict[str, str] = {}
-    for path, handle in frequency_modules(model):
-        for table in handle.tables.values():
-            if table.name in seen:
-                raise ValueError(
-                    f"Table {table.name!r} is both in {seen[table.name]!r} and in {path!r}: give "
-                    "the tables of one model different names."
-                )
-            seen[table.name] = path
-            yield handle, table
-    if not seen:
+def _tables(model: nn.Module) -> dict[str, tuple[FrequencyTables, Table]]:
+    """Tables by name, or by path and name where two modules have one of that name."""
+    found = [
+        (path, handle, table)
+        for path, handle in frequency_modules(model)
+        for table in handle.tables.values()
+    ]
+    if not found:
         raise ValueError(
             "No table of this model trains with FrequencySGD: name it in "
             "apply_optimizer_in_backward, or in the sharder's fused_params, before sharding."
         )
+    uses = Counter(table.name for _, _, table in found)
+    return {
+        table.name if uses[table.name] == 1 else f"{path}.{table.name}": (handle, table)
+        for path, handle, table in found
+    }
 
 
 def _require_steps(tables: Mapping[str, tuple[FrequencyTables, Table]]) -> None:
