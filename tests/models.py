@@ -103,9 +103,12 @@ class Pair:
         *,
         weighted: bool = False,
         by_sharder: bool = False,
+        by_table: Mapping[str, Mapping[str, Any]] | None = None,
+        meta: bool = False,
         seed: int = 0,
     ) -> None:
         options = dict(options or {})
+        own = {t.name: {**options, **(by_table or {}).get(t.name, {})} for t in tables}
         torch.manual_seed(seed)
         self.rng = random.Random(seed)
         self.tables = tables
@@ -115,7 +118,10 @@ class Pair:
         self.reference = ReferenceModel(
             {
                 t.name: ReferenceTable(
-                    weights[t.name], t.features, pooling="mean" if t.mean else "sum", **options
+                    weights[t.name],
+                    t.features,
+                    pooling="mean" if t.mean else "sum",
+                    **own[t.name],
                 )
                 for t in tables
             },
@@ -126,9 +132,14 @@ class Pair:
                 fused_params=torchrec_freq.fused_params(lr=LR, **options)
             )
         else:
-            apply_optimizer_in_backward(
-                torchrec_freq.FrequencySGD, collection.parameters(), {"lr": LR, **options}
-            )
+            if meta:
+                collection = make_collection(tables, weighted, torch.device("meta"))
+            for t in tables:
+                apply_optimizer_in_backward(
+                    torchrec_freq.FrequencySGD,
+                    collection.embedding_bags[t.name].parameters(),
+                    {"lr": LR, **own[t.name]},
+                )
             sharder = EmbeddingBagCollectionSharder()
         self.model = shard(collection, plan, sharder, weights)
 
@@ -158,7 +169,9 @@ class Pair:
             torch.testing.assert_close(counts[name], table.count_tensor(), rtol=0, atol=0)
 
 
-def make_collection(tables: list[TableSpec], weighted: bool = False) -> EmbeddingBagCollection:
+def make_collection(
+    tables: list[TableSpec], weighted: bool = False, device: torch.device | None = None
+) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
@@ -173,6 +186,7 @@ def make_collection(tables: list[TableSpec], weighted: bool = False) -> Embeddin
             for t in tables
         ],
         is_weighted=weighted,
+        device=device,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     BoundsCheckMode,
     EmbeddingLocation,
@@ -198,6 +198,55 @@ def test_weights_of_another_type(dtype: torch.dtype) -> None:
         loss(b(ids, offsets, weights.float())).backward()
     for x, y in zip(a.split_embedding_weights(), b.split_embedding_weights(), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        SparseType.FP16,
+        pytest.param(
+            SparseType.BF16, marks=pytest.mark.skip(reason="FBGEMM's CPU kernels have no bfloat16")
+        ),
+    ],
+)
+@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
+def test_half_precision_tables(precision: SparseType, pooling: PoolingMode) -> None:
+    """While counts stay below min_count the rule is SGD, to the last bit where lr is halved."""
+    constant = FrequencyConfig(min_count=4**8, coherence=0, normalize=None)
+    options: dict[str, Any] = {"weights_precision": precision, "pooling_mode": pooling}
+    ours, stock = make(constant, **options), make_stock(EmbOptimType.EXACT_SGD, **options)
+    ours.set_learning_rate(2**8 * LR)
+    for a, b in zip(ours.split_embedding_weights(), stock.split_embedding_weights(), strict=True):
+        b.copy_(a.normal_(std=0.1, generator=torch.Generator().manual_seed(1)))
+    start = [weight.clone() for weight in ours.split_embedding_weights()]
+    for step in range(4):
+        for tbe in (ours, stock):
+            (loss(tbe(*batch(step)).float()) * 100).backward()
+    for a, b, c in zip(
+        ours.split_embedding_weights(), stock.split_embedding_weights(), start, strict=True
+    ):
+        assert a.dtype == precision.as_dtype() and not torch.equal(a, c)
+        # FBGEMM multiplies by the weights in another order than it divides by the length.
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-4)
+    assert ours.group.counters.counts.sum() == sum(batch(step)[0].numel() for step in range(4))
+
+
+def test_evicted_rows_start_anew() -> None:
+    """As zero-collision hashing calls it: the second feature's table, then the fourth's."""
+    tbe = make()
+    loss(tbe(*batch(0))).backward()
+    before = counts(tbe)
+    tbe.reset_embedding_weight_momentum(
+        pruned_indices=torch.tensor([0, 1, 2, 3]),
+        pruned_indices_offsets=torch.tensor([0, 1, 4]),
+        logical_table_ids=torch.tensor([2, 3]),
+        buffer_ids=torch.tensor([0, 1]),
+    )
+    assert before[1][0] > 0 and before[2][1:4].sum() > 0, "the test evicts nothing"
+    before[1][0] = 0
+    before[2][1:4] = 0
+    for a, b in zip(counts(tbe), before, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_learning_rate_reaches_the_kernel() -> None:

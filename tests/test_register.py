@@ -13,11 +13,13 @@ from models import LR, TABLES, full_weights, make_batch, make_collection, sample
 from ranks import on_ranks
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.sharding_plan import row_wise, table_wise
+from torchrec.distributed.types import ShardingEnv2D
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import torchrec_freq
@@ -55,6 +57,7 @@ import models, random
 from torch.distributed.optim import _apply_optimizer_in_backward as apply
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import table_wise
+from torchrec.distributed.types import ShardingEnv2D
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
 torch.manual_seed(0)
@@ -158,20 +161,30 @@ def test_class_of_a_table_wins_over_the_sharder() -> None:
     assert all(s.group.config == FrequencyConfig(coherence=0.7) for s in tables.shards)
 
 
-REFUSED: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
-    "dense kernel": (table_wise(rank=0, compute_kernel="dense"), {}, ["'a'", "dense", "fused_uvm"]),
-    "key-value": (table_wise(rank=0, compute_kernel="key_value"), {}, ["'a'", "key_value"]),
-}
+REFUSED = [
+    kernel.value
+    for kernel in EmbeddingComputeKernel
+    if kernel.value not in ("fused", "fused_uvm", "fused_uvm_caching")
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("kernel", REFUSED)
 @on_ranks(2)
-def test_refused_when_sharded(case: str) -> None:
-    generator, options, words = REFUSED[case]
+def test_kernels_that_are_refused(kernel: str) -> None:
+    # Only one rank would make the kernel; all must refuse, or the others would wait for it.
     with pytest.raises(ValueError) as error:
-        build(FrequencySGD, every(generator), **options)
-    for word in words:
+        build(FrequencySGD, every(table_wise(rank=0, compute_kernel=kernel)))
+    for word in ("'a'", repr(kernel), "table_wise", "fused_uvm_caching"):
         assert word in str(error.value)
+
+
+@on_ranks(1)
+def test_two_dimensional_parallelism_is_refused() -> None:
+    environment = ShardingEnv2D.__new__(ShardingEnv2D)  # its __init__ needs a GPU mesh
+    collection = make_collection(TABLES)
+    apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR})
+    with pytest.raises(ValueError, match="2D parallelism"):
+        ShardedEmbeddingBagCollection(collection, {}, environment)
 
 
 @on_ranks(2)

@@ -30,6 +30,7 @@ class RowCounters:
         counts: int32 [sum of rows], 4 bytes a row. May exceed ``COUNT_CEILING`` between two clamps;
             read it through :meth:`read` or :meth:`gather`, which saturate.
         steps: for each table, the number of steps that its counts stand for.
+        since_halving: for each table, the steps since its counts were last halved.
         device_steps: int64 [tables], the same on the device, for the rule.
     """
 
@@ -39,7 +40,7 @@ class RowCounters:
         self.counts = torch.zeros(sum(self.rows_per_table), dtype=torch.int32, device=device)
         self.steps = [0] * tables
         self.device_steps = torch.zeros(tables, dtype=torch.int64, device=device)
-        self._since_halving = [0] * tables
+        self.since_halving = [0] * tables
         self._bound = 0
 
     def table(self, index: int) -> Tensor:
@@ -50,17 +51,17 @@ class RowCounters:
         """int64 [rows] copy of the counts of table ``index``."""
         return self.saturated(index).to(torch.int64)
 
-    def load(self, index: int, counts: Tensor, steps: int | None) -> None:
-        """Replaces the counts of table ``index`` and, unless None, its number of steps.
+    def load(self, index: int, counts: Tensor, steps: int, since_halving: int = 0) -> None:
+        """Replaces the counts and steps of table ``index``.
 
         Args:
             counts: [rows] whole numbers from 0 to ``COUNT_CEILING``; the caller has checked them.
         """
         self.table(index).copy_(counts)
         self._bound = COUNT_CEILING
-        if steps is not None:
-            self.steps[index] = steps
-            self.device_steps.narrow(0, index, 1).fill_(steps)
+        self.steps[index] = steps
+        self.device_steps.narrow(0, index, 1).fill_(steps)
+        self.since_halving[index] = since_halving
 
     def begin_step(self, mode: CountMode) -> None:
         """Starts a step of all tables, before :meth:`add`.
@@ -82,9 +83,9 @@ class RowCounters:
         """Ends a step: ages each table that has come to its half-life."""
         if half_life is None:
             return
-        for index, since in enumerate(self._since_halving):
-            self._since_halving[index] = (since + 1) % half_life
-            if self._since_halving[index] == 0:
+        for index, since in enumerate(self.since_halving):
+            self.since_halving[index] = (since + 1) % half_life
+            if self.since_halving[index] == 0:
                 self.halve(index)
 
     def add(self, rows_L: Tensor, mode: CountMode) -> None:

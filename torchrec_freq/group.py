@@ -117,6 +117,16 @@ class TableGroup:
         """int64 [lookups], positions in ``counters.counts``."""
         return batch.indices.to(torch.int64) + self._first_row_F.index_select(0, feature_L)
 
+    def forget(self, feature: int, ids: Tensor) -> None:
+        """Sets the counts of evicted rows to 0.
+
+        Args:
+            feature: one that looks up the rows' table.
+            ids: [...] rows within the table.
+        """
+        rows = ids.to(torch.int64) + self._first_row_F[feature]
+        self.counters.counts.index_fill_(0, rows, 0)
+
     def step(self, batch: Batch, grad: Tensor) -> Tensor | None:
         """One step of the counters and scales.
 

@@ -14,14 +14,12 @@ What a new TorchRec version could move is named here and nowhere else:
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import torch
-import torch.distributed as dist
+import torchrec.distributed.embedding as torchrec_embedding
 import torchrec.distributed.utils as torchrec_utils
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
@@ -43,10 +41,9 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv2D, Shardin
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 
 from torchrec_freq.config import FrequencyConfig, check_learning_rate, make_config, pop_config
-from torchrec_freq.group import TableGroup
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.replicated import ReplicatedTBE, average_and_apply
-from torchrec_freq.scale import TableScales
+from torchrec_freq.tables import FrequencyTables, LocalShard, Table
 from torchrec_freq.tbe import FrequencyTBE
 
 _TABLES: Final = "_frequency_tables"
@@ -90,78 +87,6 @@ def fused_params(lr: float, **options: Any) -> dict[str, Any]:
         ValueError: an unknown keyword or a wrong value.
     """
     return {"optimizer": make_config(options), "learning_rate": check_learning_rate(lr)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of the whole model, whatever its shards."""
-
-    name: str
-    rows: int
-    columns: int
-    config: FrequencyConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalShard:
-    """A shard of a table on this rank: ``group.counters.table(index)`` holds its counts.
-
-    Attributes:
-        primary: of the shards that hold the same rows, all but one are replicas of this one.
-    """
-
-    table: Table
-    row_offset: int
-    primary: bool
-    group: TableGroup
-    index: int
-
-
-class FrequencyTables:
-    """The tables of one sharded module that train with FrequencySGD, the same on every rank.
-
-    Attributes:
-        tables: by name, in the same order on every rank.
-        shards: those of this rank.
-        scales: the tables' gradient scales, summed over the ranks.
-    """
-
-    def __init__(self, tables: list[Table], process_group: dist.ProcessGroup | None) -> None:
-        self.tables = {table.name: table for table in tables}
-        self.process_group = process_group
-        self.shards: list[LocalShard] = []
-        self.scales = TableScales(list(self.tables))
-        self._normalized = any(table.config.normalize for table in tables)
-
-    def attach(self, lookups: list[nn.Module], device: torch.device | None) -> None:
-        """Finds this rank's shards in freshly made ``lookups`` and joins their scales."""
-        names = list(self.tables)
-        self.scales = TableScales(names, device, self.process_group)
-        self.shards = []
-        for lookup in lookups:
-            for kernel in lookup.modules():
-                if not isinstance(kernel, _KERNEL_TYPES):
-                    continue
-                group = kernel.frequency_group
-                positions = []
-                for index, config in enumerate(kernel.config.embedding_tables):
-                    if config.local_metadata is None:  # data parallel
-                        row_offset, primary = 0, self.rank == 0
-                    else:
-                        row_offset, column_offset = config.local_metadata.shard_offsets
-                        primary = column_offset == 0
-                    table = self.tables[config.name]
-                    self.shards.append(LocalShard(table, row_offset, primary, group, index))
-                    positions.append(names.index(config.name))
-                group.share_scales(self.scales, positions)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.process_group is None else self.process_group.rank()
-
-    def before_forward(self, module: nn.Module, inputs: Any) -> None:
-        if self._normalized and torch.is_grad_enabled():
-            self.scales.exchange()
 
 
 def frequency_modules(model: nn.Module) -> Iterator[tuple[str, FrequencyTables]]:
@@ -292,6 +217,8 @@ def _wrap_kernel(
 
 def _wrap_sharded(sharded: type[Any]) -> None:
     stock_init, stock_lookups = sharded.__init__, sharded._create_lookups
+    # Moving shards while training is TorchRec's for pooled tables only.
+    stock_update: Any = getattr(sharded, "update_shards", None)
     signature = inspect.signature(stock_init)
 
     @functools.wraps(stock_init)
@@ -303,6 +230,8 @@ def _wrap_sharded(sharded: type[Any]) -> None:
             stock_init(self, *args, **kwargs)
             return
         _refuse(tables, plan, given["env"])
+        if given.get("use_index_dedup") or torchrec_embedding.get_ec_index_dedup():
+            _refuse_index_dedup(tables)
         # nn.Module's own __setattr__ does not work before its __init__.
         handle = FrequencyTables(tables, given["env"].process_group)
         self.__dict__[_TABLES] = handle
@@ -319,10 +248,38 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         stock_lookups(self, *args, **kwargs)
         handle = self.__dict__.get(_TABLES)
         if handle is not None:
-            handle.attach(self._lookups, self._device)
+            handle.attach(_local_shards(self._lookups, handle.rank), self._device)
+
+    def update_shards(self: Any, *args: Any, **kwargs: Any) -> None:
+        handle = self.__dict__.get(_TABLES)
+        states = {} if handle is None else {name: handle.read(name) for name in handle.tables}
+        stock_update(self, *args, **kwargs)
+        for name, state in states.items():
+            handle.load(name, state)
 
     sharded.__init__ = init
     sharded._create_lookups = create_lookups
+    if stock_update is not None:
+        sharded.update_shards = functools.wraps(stock_update)(update_shards)
+
+
+def _local_shards(lookups: list[nn.Module], rank: int) -> list[LocalShard]:
+    """This rank's shards of our tables in freshly made ``lookups``."""
+    shards = []
+    for lookup in lookups:
+        for kernel in lookup.modules():
+            if not isinstance(kernel, _KERNEL_TYPES):
+                continue
+            for index, config in enumerate(kernel.config.embedding_tables):
+                if config.local_metadata is None:  # data parallel: whole on every rank
+                    row_offset, primary = 0, rank == 0
+                else:
+                    row_offset, column_offset = config.local_metadata.shard_offsets
+                    primary = column_offset == 0
+                shards.append(
+                    LocalShard(config.name, row_offset, primary, kernel.frequency_group, index)
+                )
+    return shards
 
 
 def _find_tables(
@@ -375,6 +332,21 @@ def _refuse(tables: list[Table], plan: Mapping[str, ParameterSharding], env: Any
                 f"Table {table.name!r}: FrequencySGD does not run on compute kernel "
                 f"{sharding.compute_kernel!r} under {sharding.sharding_type}. Constrain the "
                 f"planner: ParameterConstraints(compute_kernels=[...]) with {', '.join(kernels)}."
+            )
+
+
+def _refuse_index_dedup(tables: list[Table]) -> None:
+    """Refuses what needs every lookup where TorchRec looks up each id of a batch once.
+
+    Raises:
+        ValueError: names the table and the settings that do without.
+    """
+    for table in tables:
+        if table.config.count == "samples" or table.config.normalize is not None:
+            raise ValueError(
+                f"Table {table.name!r}: use_index_dedup merges the occurrences of an id, which "
+                f"count={table.config.count!r} with normalize={table.config.normalize!r} must "
+                "see. Shard without it, or use count='batches' (or 'frozen') and normalize=None."
             )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.group import Batch, TableGroup
 from torchrec_freq.rule import row_multiplier
-from torchrec_freq.tbe import mean_pooling_weights, variable_batch
+from torchrec_freq.tbe import NOT_COMPILED, mean_pooling_weights, variable_batch
 
 
 class ReplicatedTBE(DenseTableBatchedEmbeddingBagsCodegen):
@@ -73,6 +73,7 @@ class ReplicatedTBE(DenseTableBatchedEmbeddingBagsCodegen):
         """Learning rate of the next steps."""
         self.learning_rate = lr
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
         self,
         indices: Tensor,

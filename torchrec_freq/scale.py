@@ -68,6 +68,12 @@ class TableScales:
             work = dist.all_reduce(step_2T, group=self._group, async_op=True)
         self._exchanged = (step_2T, work)
 
+    def flush(self) -> Tensor:
+        """``totals`` with all that was added so far. A collective, as :meth:`exchange`."""
+        self.exchange()
+        self._fold()
+        return self.totals
+
     def inverse(self) -> Tensor:
         """float32 [tables], ``1 / s_t``; 0 for a table without a gradient so far."""
         self._fold()

@@ -6,14 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchrec_freq.counters import COUNT_CEILING
-from torchrec_freq.register import FrequencyTables, Table, frequency_modules
-
-_CHUNK_ROWS = 1 << 24
-"""Rows summed over the ranks at once: bounds the device memory that a large table needs."""
+from torchrec_freq.register import frequency_modules
+from torchrec_freq.tables import FrequencyTables, Table, TableState
 
 
 def row_counts(model: nn.Module) -> dict[str, Tensor]:
@@ -29,20 +26,9 @@ def row_counts(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: no table of the model trains with FrequencySGD.
     """
-    counts: dict[str, Tensor] = {}
-    for name, (handle, table) in _tables(model).items():
-        counts_R = torch.zeros(table.rows, dtype=torch.int64)
-        for shard in handle.shards:
-            if shard.table is table and shard.primary:
-                local_R = shard.group.counters.read(shard.index).cpu()
-                counts_R[shard.row_offset : shard.row_offset + local_R.numel()] = local_R
-        if handle.process_group is not None and handle.process_group.size() > 1:
-            for chunk_R in counts_R.split(_CHUNK_ROWS):
-                summed_R = chunk_R.to(handle.scales.totals.device)
-                dist.all_reduce(summed_R, group=handle.process_group)
-                chunk_R.copy_(summed_R)
-        counts[name] = counts_R
-    return counts
+    return {
+        name: handle.read(table.name).counts for name, (handle, table) in _tables(model).items()
+    }
 
 
 def load_row_counts(
@@ -66,23 +52,24 @@ def load_row_counts(
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"Invalid steps value: {steps!r}. Must be a whole number >= 1, or None.")
     tables = _tables(model)
+    known: dict[str, int] = {}
     for name, counts_R in counts.items():
         if name not in tables:
             raise ValueError(
                 f"No table {name!r} trains with FrequencySGD. Tables: {', '.join(tables)}."
             )
         _check(tables[name][1], counts_R)
-    if steps is None:
-        _require_steps({name: tables[name] for name in counts})
+    for name in counts:
+        handle, table = tables[name]
+        known[name] = handle.steps(table.name) if steps is None else steps
+        if known[name] == 0 and table.config.coherence:
+            raise ValueError(
+                f"Table {name!r} has not trained yet: give steps, the number of optimizer steps "
+                "that the counts stand for (samples / global batch size)."
+            )
     for name, counts_R in counts.items():
         handle, table = tables[name]
-        for shard in handle.shards:
-            if shard.table is table:
-                counters = shard.group.counters
-                rows = counters.rows_per_table[shard.index]
-                local_R = counts_R[shard.row_offset : shard.row_offset + rows]
-                kept = counters.steps[shard.index] or 1
-                counters.load(shard.index, local_R, kept if steps is None else steps)
+        handle.load(table.name, TableState(counts_R, max(known[name], 1)))
 
 
 def _tables(model: nn.Module) -> dict[str, tuple[FrequencyTables, Table]]:
@@ -102,24 +89,6 @@ def _tables(model: nn.Module) -> dict[str, tuple[FrequencyTables, Table]]:
         table.name if uses[table.name] == 1 else f"{path}.{table.name}": (handle, table)
         for path, handle, table in found
     }
-
-
-def _require_steps(tables: Mapping[str, tuple[FrequencyTables, Table]]) -> None:
-    """Refuses, on every rank alike, a table that needs a number of steps and has none."""
-    for name, (handle, table) in tables.items():
-        missing = any(
-            shard.group.config.coherence and not shard.group.counters.steps[shard.index]
-            for shard in handle.shards
-            if shard.table is table
-        )
-        missing_ranks = torch.tensor(int(missing), device=handle.scales.totals.device)
-        if handle.process_group is not None and handle.process_group.size() > 1:
-            dist.all_reduce(missing_ranks, group=handle.process_group)
-        if missing_ranks:
-            raise ValueError(
-                f"Table {name!r} has not trained yet: give steps, the number of optimizer steps "
-                "that the counts stand for (samples / global batch size)."
-            )
 
 
 def _check(table: Table, counts_R: Tensor) -> None:

@@ -16,7 +16,7 @@ step 2 scales instead.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -28,6 +28,9 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.group import Batch, TableGroup, VariableBatch
+
+NOT_COMPILED: Final = "FrequencySGD works by autograd hooks, which a compiled graph would not run"
+"""Why torch.compile stays out of the lookups; a message of its own where it is told to go in."""
 
 
 def mean_pooling_weights(offsets: Tensor, weights_L: Tensor | None, lookups: int) -> Tensor:
@@ -118,6 +121,7 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
         if self._mean_pooling:
             self.pooling_mode = PoolingMode.SUM
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
         self,
         indices: Tensor,
@@ -180,6 +184,29 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
         if output.requires_grad:
             output.register_hook(update.on_output_grad)
         return output
+
+    def reset_embedding_weight_momentum(
+        self,
+        pruned_indices: Tensor,
+        pruned_indices_offsets: Tensor,
+        logical_table_ids: Tensor,
+        buffer_ids: Tensor,
+    ) -> None:
+        """Forgets rows that now stand for other ids, as FBGEMM does for its own optimizer states.
+
+        Args:
+            pruned_indices: rows within their tables, in parts.
+            pruned_indices_offsets: [parts + 1] where the parts begin.
+            logical_table_ids: a feature of each table that has evictions.
+            buffer_ids: the part of each.
+        """
+        super().reset_embedding_weight_momentum(
+            pruned_indices, pruned_indices_offsets, logical_table_ids, buffer_ids
+        )
+        bounds = pruned_indices_offsets.tolist()
+        for feature, part in zip(logical_table_ids.tolist(), buffer_ids.tolist(), strict=True):
+            evicted = pruned_indices[bounds[part] : bounds[part + 1]]
+            self.group.forget(feature, evicted.to(self.current_device))
 
     def _generate_vbe_metadata(self, *args: Any, **kwargs: Any) -> Any:
         # The stock forward keeps only part of it.
