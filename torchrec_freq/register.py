@@ -19,7 +19,6 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import torchrec.distributed.embedding as torchrec_embedding
 import torchrec.distributed.utils as torchrec_utils
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
@@ -30,7 +29,7 @@ from torchrec.distributed.batched_embedding_kernel import (
     BatchedFusedEmbedding,
     BatchedFusedEmbeddingBag,
 )
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection, get_ec_index_dedup
 from torchrec.distributed.embedding_lookup import (
     GroupedEmbeddingsLookup,
     GroupedPooledEmbeddingsLookup,
@@ -225,12 +224,14 @@ def _wrap_sharded(sharded: type[Any]) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs).arguments
         plan = given["table_name_to_parameter_sharding"]
-        tables = _find_tables(given["module"], plan, given.get("fused_params") or {})
+        tables = _find_tables(given["module"], given.get("fused_params") or {})
         if not tables:
             stock_init(self, *args, **kwargs)
             return
         _refuse(tables, plan, given["env"])
-        if given.get("use_index_dedup") or torchrec_embedding.get_ec_index_dedup():
+        if "use_index_dedup" in signature.parameters and (
+            given.get("use_index_dedup") or get_ec_index_dedup()
+        ):
             _refuse_index_dedup(tables)
         # nn.Module's own __setattr__ does not work before its __init__.
         handle = FrequencyTables(tables, given["env"].process_group)
@@ -282,9 +283,7 @@ def _local_shards(lookups: list[nn.Module], rank: int) -> list[LocalShard]:
     return shards
 
 
-def _find_tables(
-    module: Any, plan: Mapping[str, ParameterSharding], shared: Mapping[str, Any]
-) -> list[Table]:
+def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:
     """The tables of an unsharded collection that opted in, by TorchRec's order of precedence."""
     parameters = dict(module.named_parameters())
     if hasattr(module, "embedding_bag_configs"):
@@ -294,9 +293,11 @@ def _find_tables(
     tables = []
     for config in configs:
         parameter = parameters.get(f"{prefix}.{config.name}.weight")
-        params = {**shared, **getattr(parameter, "_optimizer_kwargs", [{}])[0]}
+        own = getattr(parameter, "_optimizer_kwargs", [{}])[0]
+        params = {**shared, **own}
         for optimizer in getattr(parameter, "_optimizer_classes", []):
-            params["optimizer"] = torchrec_utils.optimizer_type_to_emb_opt_type(optimizer)
+            if "optimizer" not in own:
+                params["optimizer"] = torchrec_utils._OPTIMIZER_CLASS_TO_EMB_OPT_TYPE.get(optimizer)
         if not _is_frequency(params):
             continue
         frequency = pop_config(params, params.pop("optimizer"))

@@ -1,0 +1,223 @@
+"""MovieLens: fetch the 100K ratings, read any of three layouts, make batches for DLRM."""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+# RecBole ships MovieLens-100K inside its wheel, so the package index is all that a first run needs.
+WHEEL = "recbole==1.2.1"
+WHEEL_FOLDER = "recbole/dataset_example/ml-100k/"
+WHEEL_FILES = ("ml-100k.inter", "ml-100k.user", "ml-100k.item")
+
+# The order of the flags in u.item; MovieLens-1M uses the same names.
+GENRES = (
+    "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|"
+    "Film-Noir|Horror|Musical|Mystery|Romance|Sci-Fi|Thriller|War|Western"
+).split("|")
+# The age groups of MovieLens-1M, which gives no finer age.
+AGE_GROUPS = (18, 25, 35, 45, 50, 56)
+LIKED = 4  # the label is 1 from this rating up
+RARE = 0.2  # rare items: the least rated ones, which get about this share of the test ratings
+SPLIT_SEED = 0  # the test ratings do not depend on a flag
+
+Lines = list[list[str]]
+
+
+@dataclass(frozen=True)
+class MovieLens:
+    """R ratings as click-through data: `labels` says whether a user liked an item."""
+
+    tables: dict[str, int]  # sparse feature -> rows of its table; "genres" is the last
+    ids: Tensor  # [R, features - 1] int64: the features of one id each, in the order of `tables`
+    genres: Tensor  # [items, len(GENRES)] bool: the one feature that is a bag of several ids
+    dense: Tensor  # [R, 3] float32: age, release year, time of rating; standardised on `train`
+    labels: Tensor  # [R] float32
+    train: Tensor  # row numbers of a random 80 / 10 / 10 split
+    valid: Tensor
+    test: Tensor
+    rare_below: int  # a rare item has fewer train ratings than this
+    rare: Tensor  # [R] bool: the ratings of rare items
+
+    def batch(self, rows: Tensor) -> Batch:
+        """These ratings as the input of `DLRMTrain`."""
+        genres = self.genres[self.ids[rows, list(self.tables).index("item")]]
+        ids = self.ids[rows].T
+        return Batch(
+            dense_features=self.dense[rows],
+            sparse_features=KeyedJaggedTensor(
+                keys=list(self.tables),
+                values=torch.cat([ids.flatten(), genres.nonzero()[:, 1]]),
+                lengths=torch.cat(
+                    [torch.ones(ids.numel(), dtype=torch.int32), genres.sum(1).int()]
+                ),
+            ),
+            labels=self.labels[rows],
+        )
+
+
+def fetch(folder: Path) -> None:
+    """Puts MovieLens-100K into `folder` unless it exists; a run that is cut off leaves none."""
+    if folder.exists():
+        return
+    print(f"Fetching MovieLens-100K (from the wheel of {WHEEL}) into {folder} ...", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip += ["--only-binary", ":all:", "--dest", temporary, WHEEL]
+        if subprocess.run(pip).returncode != 0:
+            raise RuntimeError(
+                f"pip could not download {WHEEL}, which holds MovieLens-100K. Check the package "
+                "index, or name a MovieLens-100K or -1M folder with --data."
+            )
+        (wheel,) = Path(temporary).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(temporary, [WHEEL_FOLDER + name for name in WHEEL_FILES])
+        (Path(temporary) / WHEEL_FOLDER).rename(folder)
+
+
+def read(folder: Path, limit: int | None = None) -> MovieLens:
+    """Reads MovieLens-100K (u.data), MovieLens-1M (ratings.dat) or RecBole's copy (*.inter).
+
+    Args:
+        folder: holds the ratings, users and items, as published.
+        limit: use the first `limit` ratings only.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is cut short or is no MovieLens file.
+    """
+    (_, ratings), (users_file, users), (items_file, items) = _read_lines(folder).items()
+    ratings = ratings[:limit]
+    if len(ratings) < 100:
+        raise ValueError(f"{folder}: {len(ratings)} ratings are too few to split and to train on.")
+    user_row = {user[0]: row for row, user in enumerate(users)}
+    item_row = {item[0]: row for row, item in enumerate(items)}
+    for column, known, file in ((0, user_row, users_file), (1, item_row, items_file)):
+        if unknown := {rating[column] for rating in ratings} - known.keys():
+            raise ValueError(
+                f"{file} lacks id {min(unknown)}, which a rating names; is the file cut short?"
+            )
+    user = np.array([user_row[rating[0]] for rating in ratings])
+    item = np.array([item_row[rating[1]] for rating in ratings])
+    stars, seconds = np.array([rating[2:4] for rating in ratings], dtype=float).T
+    age = np.array([user[1] for user in users], dtype=float)
+    year = np.array([item[1] or "nan" for item in items], dtype=float)
+
+    of_user = {
+        "user": np.arange(len(users)),
+        "age": np.digitize(age, AGE_GROUPS),
+        "gender": _codes([user[2] for user in users]),
+        "occupation": _codes([user[3] for user in users]),
+        "zip": _codes([user[4][:3] for user in users]),
+    }
+    of_item = {"item": np.arange(len(items)), "year": _codes([item[1] for item in items])}
+    when = [datetime.fromtimestamp(second, timezone.utc) for second in seconds]
+    ids = {name: codes[user] for name, codes in of_user.items()}
+    ids |= {name: codes[item] for name, codes in of_item.items()}
+    ids |= {"hour": np.array([time.hour for time in when])}
+    ids |= {"weekday": np.array([time.weekday() for time in when])}
+    tables = {name: int(codes.max()) + 1 for name, codes in (of_user | of_item).items()}
+    tables |= {"hour": 24, "weekday": 7, "genres": len(GENRES)}
+
+    order = torch.randperm(len(ratings), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    train, valid, test = order.tensor_split([len(order) * 8 // 10, len(order) * 9 // 10])
+    popularity = np.bincount(item[train], minlength=len(items))[item]  # train ratings of its item
+    rare_below = int(np.quantile(popularity[test], RARE)) + 1
+    dense = np.stack([age[user], year[item], seconds], axis=1)
+    mean, std = np.nanmean(dense[train], axis=0), np.nanstd(dense[train], axis=0)
+    return MovieLens(
+        tables=tables,
+        ids=torch.from_numpy(np.stack(list(ids.values()), axis=1)),
+        genres=torch.tensor([[genre in item[2:] for genre in GENRES] for item in items]),
+        # An unknown release year becomes the mean.
+        dense=torch.from_numpy((dense - mean) / np.maximum(std, 1e-6)).nan_to_num().float(),
+        labels=torch.from_numpy(stars >= LIKED).float(),
+        train=train,
+        valid=valid,
+        test=test,
+        rare_below=rare_below,
+        rare=torch.from_numpy(popularity < rare_below),
+    )
+
+
+def _read_lines(folder: Path) -> dict[Path, Lines]:
+    """The three files of any layout, as strings: ratings (user, item, rating, time), users (id,
+    age, gender, occupation, zip) and items (id, release year or "", genre ...)."""
+    if (ratings := folder / "u.data").exists():
+        users, items = folder / "u.user", folder / "u.item"
+        return {
+            ratings: _split(ratings, "\t", 4),
+            users: _split(users, "|", 5),
+            items: [
+                [id_, _year(title), *itertools.compress(GENRES, map(int, flags))]
+                for id_, title, _, _, _, *flags in _split(items, "|", 5 + len(GENRES))
+            ],
+        }
+    if (ratings := folder / "ratings.dat").exists():
+        users, items = folder / "users.dat", folder / "movies.dat"
+        return {
+            ratings: _split(ratings, "::", 4),
+            users: [
+                [id_, age, gender, occupation, zip_]
+                for id_, gender, age, occupation, zip_ in _split(users, "::", 5)
+            ],
+            items: [
+                [id_, _year(title), *genres.split("|")]
+                for id_, title, genres in _split(items, "::", 3)
+            ],
+        }
+    for ratings in folder.glob("*.inter"):
+        users, items = ratings.with_suffix(".user"), ratings.with_suffix(".item")
+        # The first line names the columns.
+        return {
+            ratings: _split(ratings, "\t", 4)[1:],
+            users: _split(users, "\t", 5)[1:],
+            items: [
+                [id_, year if year.isdigit() else "", *genres.split(" ")]
+                for id_, _, year, genres in _split(items, "\t", 4)[1:]
+            ],
+        }
+    raise FileNotFoundError(
+        f"{folder} holds no MovieLens ratings: expected u.data (100K), ratings.dat (1M) or "
+        "*.inter (RecBole)."
+    )
+
+
+def _split(path: Path, separator: str, fields: int) -> Lines:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; the folder needs ratings, users and items.")
+    with path.open(encoding="latin-1") as file:
+        lines = [line.rstrip("\n").split(separator) for line in file]
+    for number, line in enumerate(lines, start=1):
+        if len(line) != fields:
+            raise ValueError(
+                f"{path}, line {number}: expected {fields} fields, found {len(line)}; "
+                "is the file cut short?"
+            )
+    if len(lines) < 2:
+        raise ValueError(f"{path} holds no data; is the file cut short?")
+    return lines
+
+
+def _year(title: str) -> str:
+    """The year at the end of a title such as "Toy Story (1995)", "" where there is none."""
+    match = re.search(r"\((\d{4})\)\s*$", title)
+    return match[1] if match else ""
+
+
+def _codes(values: list[str]) -> np.ndarray:
+    """Numbers the distinct values in order of appearance."""
+    code = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return np.array([code[value] for value in values])
