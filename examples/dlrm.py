@@ -41,7 +41,6 @@ from tqdm import tqdm
 
 from examples.movielens import MovieLens, fetch, read
 from torchrec_freq import FrequencySGD, row_counts
-from torchrec_freq.register import frequency_modules
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "FrequencySGD": FrequencySGD,
@@ -106,13 +105,9 @@ class Arm:
             shard.tensor
             for state in states
             for value in state.values()
+            if hasattr(value, "local_shards")  # not the few numbers a table
             for shard in value.local_shards()
         ]
-        # FrequencySGD's counters lie beside the tables, not in the fused optimizer.
-        groups = {
-            shard.group for _, tables in frequency_modules(self.model) for shard in tables.shards
-        }
-        tensors += [group.counters.counts for group in groups]
         total = torch.tensor(sum(tensor.nbytes for tensor in tensors), device=self.model.device)
         dist.all_reduce(total)
         return int(total)

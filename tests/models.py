@@ -105,6 +105,7 @@ class Pair:
         by_sharder: bool = False,
         by_table: Mapping[str, Mapping[str, Any]] | None = None,
         meta: bool = False,
+        optimizer: Any = torchrec_freq.FrequencySGD,
         seed: int = 0,
     ) -> None:
         options = dict(options or {})
@@ -136,7 +137,7 @@ class Pair:
                 collection = make_collection(tables, weighted, torch.device("meta"))
             for t in tables:
                 apply_optimizer_in_backward(
-                    torchrec_freq.FrequencySGD,
+                    optimizer,
                     collection.embedding_bags[t.name].parameters(),
                     {"lr": LR, **own[t.name]},
                 )
@@ -156,6 +157,11 @@ class Pair:
         dist.all_reduce(total)
         expected = self.reference.step(features, lambda outputs: sample_loss(outputs).mean())
         return float(total) / ranks, expected
+
+    def step_reference(self, size: int) -> None:
+        """The step of a model that somebody else trained on the same batch of ``size`` samples."""
+        features = make_batch(self.rng, self.tables, size, weighted=self.weighted)
+        self.reference.step(features, lambda outputs: sample_loss(outputs).mean())
 
     def check(self, tolerance: float = 1e-6) -> None:
         """Weights within ``tolerance`` of the reference, counts exactly equal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -28,40 +29,29 @@ class RowCounters:
 
     Attributes:
         counts: int32 [sum of rows], 4 bytes a row. May exceed ``COUNT_CEILING`` between two clamps;
-            read it through :meth:`read` or :meth:`gather`, which saturate.
-        steps: for each table, the number of steps that its counts stand for.
-        since_halving: for each table, the steps since its counts were last halved.
-        device_steps: int64 [tables], the same on the device, for the rule.
+            read it through :meth:`saturated` or :meth:`gather`. May be written at any time.
+        steps: int64 [tables, 2], on the host: the number of steps that the counts of a table stand
+            for, and the steps since they were last halved. May be written at any time.
+        device_steps: int64 [tables], ``steps[:, 0]`` on the device, for the rule.
     """
 
     def __init__(self, rows_per_table: Sequence[int], device: torch.device | None = None) -> None:
         self.rows_per_table = tuple(rows_per_table)
         tables = len(self.rows_per_table)
         self.counts = torch.zeros(sum(self.rows_per_table), dtype=torch.int32, device=device)
-        self.steps = [0] * tables
+        self.steps = numpy.zeros((tables, 2), dtype=numpy.int64)
         self.device_steps = torch.zeros(tables, dtype=torch.int64, device=device)
-        self.since_halving = [0] * tables
-        self._bound = 0
+        self._on_device = [0] * tables
+        # Counts may be loaded behind our back, and then be as large as that.
+        self._bound = COUNT_CEILING
 
     def table(self, index: int) -> Tensor:
         """int32 [rows] view of the counters of table ``index``."""
         return self.counts.narrow(0, sum(self.rows_per_table[:index]), self.rows_per_table[index])
 
-    def read(self, index: int) -> Tensor:
-        """int64 [rows] copy of the counts of table ``index``."""
-        return self.saturated(index).to(torch.int64)
-
-    def load(self, index: int, counts: Tensor, steps: int, since_halving: int = 0) -> None:
-        """Replaces the counts and steps of table ``index``.
-
-        Args:
-            counts: [rows] whole numbers from 0 to ``COUNT_CEILING``; the caller has checked them.
-        """
-        self.table(index).copy_(counts)
-        self._bound = COUNT_CEILING
-        self.steps[index] = steps
-        self.device_steps.narrow(0, index, 1).fill_(steps)
-        self.since_halving[index] = since_halving
+    def saturated(self, index: int) -> Tensor:
+        """int32 [rows] copy of the counts of table ``index``."""
+        return self.table(index).clamp(max=COUNT_CEILING)
 
     def begin_step(self, mode: CountMode) -> None:
         """Starts a step of all tables, before :meth:`add`.
@@ -69,23 +59,26 @@ class RowCounters:
         Raises:
             RuntimeError: the counts are frozen and none were loaded.
         """
+        if self.steps[:, 0].tolist() != self._on_device:
+            self._load_device_steps()
         if mode == "frozen":
-            if 0 in self.steps:
+            if 0 in self._on_device:
                 raise RuntimeError(
                     "count='frozen' but no counts were loaded: call "
                     "torchrec_freq.load_row_counts(model, counts, steps=...) before training"
                 )
             return
-        self.steps = [steps + 1 for steps in self.steps]
+        self.steps[:, 0] += 1
         self.device_steps.add_(1)
+        self._on_device = self.steps[:, 0].tolist()
 
     def end_step(self, half_life: int | None) -> None:
         """Ends a step: ages each table that has come to its half-life."""
         if half_life is None:
             return
-        for index, since in enumerate(self.since_halving):
-            self.since_halving[index] = (since + 1) % half_life
-            if self.since_halving[index] == 0:
+        self.steps[:, 1] += 1
+        for index, since_halving in enumerate(self.steps[:, 1].tolist()):
+            if since_halving >= half_life:
                 self.halve(index)
 
     def add(self, rows_L: Tensor, mode: CountMode) -> None:
@@ -117,19 +110,19 @@ class RowCounters:
         added_R = occurrences_R if mode == "samples" else occurrences_R.clamp(max=1)
         # Between two counts there is no host-side bound here, so every one is followed by a clamp.
         self.counts.clamp_(max=COUNT_CEILING).add_(added_R).clamp_(max=COUNT_CEILING)
-        self._bound = COUNT_CEILING
-
-    def saturated(self, index: int) -> Tensor:
-        """int32 [rows], the counts of table ``index``, for use on the device."""
-        return self.table(index).clamp(max=COUNT_CEILING)
 
     def gather(self, rows_L: Tensor) -> Tensor:
         """int32 [lookups], the counts of ``rows_L``."""
-        counts_L = self.counts.index_select(0, rows_L)
-        return counts_L.clamp_(max=COUNT_CEILING) if self._bound > COUNT_CEILING else counts_L
+        return self.counts.index_select(0, rows_L).clamp_(max=COUNT_CEILING)
 
     def halve(self, index: int) -> None:
         """Halves the counts and the steps of table ``index``, in whole numbers, in place."""
         self.table(index).clamp_(max=COUNT_CEILING).bitwise_right_shift_(1)
-        self.steps[index] //= 2
+        self.steps[index] = self.steps[index, 0] // 2, 0
         self.device_steps.narrow(0, index, 1).bitwise_right_shift_(1)
+        self._on_device = self.steps[:, 0].tolist()
+
+    def _load_device_steps(self) -> None:
+        self._on_device = self.steps[:, 0].tolist()
+        for index, steps in enumerate(self._on_device):
+            self.device_steps.narrow(0, index, 1).fill_(steps)

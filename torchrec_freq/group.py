@@ -88,7 +88,7 @@ class TableGroup:
         self._dim_F = torch.tensor(self.dims, dtype=torch.int64, device=device)
 
     def share_scales(self, scales: TableScales, positions: Sequence[int]) -> None:
-        """Uses ``scales`` from now on; its owner calls ``exchange()`` before each forward.
+        """Uses ``scales`` from now on; its owner calls ``exchange()`` after each backward.
 
         Args:
             positions: position in ``scales.names`` of each table.
@@ -99,11 +99,6 @@ class TableGroup:
             positions, dtype=torch.int64, device=self._table_F.device
         )
         self._scale_F = self.scale_of_table.index_select(0, self._table_F)
-
-    def before_forward(self) -> None:
-        """Called before a forward that records gradients."""
-        if self.owns_scales:
-            self.scales.exchange()
 
     def feature_of_lookup(self, batch: Batch) -> Tensor:
         """int64 [lookups], ascending."""
@@ -148,6 +143,8 @@ class TableGroup:
                 steps_F = counters.device_steps.index_select(0, self._table_F)
                 steps_L = steps_F.index_select(0, feature_L)
             if config.normalize is not None:
+                if self.owns_scales:
+                    self.scales.exchange()
                 inverse_F = self.scales.inverse().index_select(0, self._scale_F)
                 inverse_L = inverse_F.index_select(0, feature_L)
                 self.measure(batch, feature_L, grad)

@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import torch
 import torchrec.distributed.utils as torchrec_utils
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
@@ -28,6 +29,7 @@ from torchrec.distributed.batched_embedding_kernel import (
     BatchedDenseEmbeddingBag,
     BatchedFusedEmbedding,
     BatchedFusedEmbeddingBag,
+    EmbeddingFusedOptimizer,
 )
 from torchrec.distributed.embedding import ShardedEmbeddingCollection, get_ec_index_dedup
 from torchrec.distributed.embedding_lookup import (
@@ -38,12 +40,14 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel, Grouped
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv2D, ShardingType
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
+from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_freq.config import FrequencyConfig, check_learning_rate, make_config, pop_config
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.replicated import ReplicatedTBE, average_and_apply
-from torchrec_freq.tables import FrequencyTables, LocalShard, Table
-from torchrec_freq.tbe import FrequencyTBE
+from torchrec_freq.tables import ROW_COUNTER, FrequencyTables, LocalShard, Table
+from torchrec_freq.tbe import NOT_COMPILED, FrequencyTBE
 
 _TABLES: Final = "_frequency_tables"
 _FBGEMM_LEARNING_RATE: Final = 0.01
@@ -96,6 +100,40 @@ def frequency_modules(model: nn.Module) -> Iterator[tuple[str, FrequencyTables]]
             yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), tables
 
 
+class _RowStateOptimizer(FusedOptimizer):
+    """A fused optimizer whose state is that of its tables, made anew whenever it is asked for."""
+
+    tables: FrequencyTables | None = None
+    _table_of: Mapping[Any, str] = {}
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """For each table's weight its state by key; empty until its module is complete."""
+        if self.tables is None or self.tables.moving:
+            return {weight: {} for weight in self._table_of}
+        states = self.tables.state_dict(self._table_of.values())
+        return {weight: states[name] for weight, name in self._table_of.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """TorchRec's own state of these tables is empty."""
+
+    def _name_tables(self) -> None:
+        # The module that holds this optimizer will put its own path before these keys.
+        suffix = ".weight"
+        self._table_of = {weight: key.removesuffix(suffix) for key, weight in self.params.items()}
+
+
+class FrequencyFusedOptimizer(_RowStateOptimizer, EmbeddingFusedOptimizer):
+    """TorchRec's fused optimizer, with the counters in its state."""
+
+    @classmethod
+    def adopt(cls, optimizer: EmbeddingFusedOptimizer) -> None:
+        """Turns a stock one into this class in place."""
+        optimizer.__class__ = cls
+        optimizer._name_tables()
+
+
 class FrequencyEmbeddingBag(BatchedFusedEmbeddingBag):
     """TorchRec's fused kernel for pooled tables, on our TBE."""
 
@@ -103,6 +141,7 @@ class FrequencyEmbeddingBag(BatchedFusedEmbeddingBag):
         stock, frequency = _split(config)
         super().__init__(stock, **kwargs)
         self.frequency_group = FrequencyTBE.adopt(self._emb_module, frequency).group
+        FrequencyFusedOptimizer.adopt(self._optim)
 
 
 class FrequencyEmbedding(BatchedFusedEmbedding):
@@ -112,6 +151,7 @@ class FrequencyEmbedding(BatchedFusedEmbedding):
         stock, frequency = _split(config)
         super().__init__(stock, **kwargs)
         self.frequency_group = FrequencyTBE.adopt(self._emb_module, frequency).group
+        FrequencyFusedOptimizer.adopt(self._optim)
 
 
 class _Replicated(FusedOptimizerModule):
@@ -151,14 +191,15 @@ _KERNEL_TYPES: Final = (
 )
 
 
-class ReplicatedFusedOptimizer(FusedOptimizer):
+class ReplicatedFusedOptimizer(_RowStateOptimizer):
     """Hands the learning rate of data-parallel tables to their TBE, as TorchRec's own does."""
 
     def __init__(self, tbe: ReplicatedTBE, parameters: Mapping[str, nn.Parameter]) -> None:
         self._tbe = tbe
         group = {"params": list(parameters.values()), "lr": tbe.learning_rate}
         params = {f"{table}.weight": parameter for table, parameter in parameters.items()}
-        super().__init__(params, {parameter: {} for parameter in params.values()}, [group])
+        super().__init__(params, {}, [group])
+        self._name_tables()
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         self.step()
@@ -186,6 +227,7 @@ def install() -> None:
     )
     _wrap_sharded(ShardedEmbeddingBagCollection)
     _wrap_sharded(ShardedEmbeddingCollection)
+    _wrap_load_state_dict()
     optimizers[FrequencySGD] = FrequencyConfig()
 
 
@@ -237,11 +279,9 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         handle = FrequencyTables(tables, given["env"].process_group)
         self.__dict__[_TABLES] = handle
         stock_init(self, *args, **kwargs)
-        self.register_forward_pre_hook(handle.before_forward)
+        self.register_forward_hook(functools.partial(_watch_outputs, handle))
         for lookup in self._lookups:
-            if isinstance(lookup, DistributedDataParallel) and any(
-                isinstance(kernel, _Replicated) for kernel in lookup.modules()
-            ):
+            if isinstance(lookup, DistributedDataParallel) and _kernels([lookup]):
                 lookup.register_comm_hook(handle.process_group, average_and_apply)
 
     @functools.wraps(stock_lookups)
@@ -250,11 +290,21 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         handle = self.__dict__.get(_TABLES)
         if handle is not None:
             handle.attach(_local_shards(self._lookups, handle.rank), self._device)
+            for kernel in _kernels(self._lookups):
+                kernel.fused_optimizer.tables = handle
 
     def update_shards(self: Any, *args: Any, **kwargs: Any) -> None:
         handle = self.__dict__.get(_TABLES)
-        states = {} if handle is None else {name: handle.read(name) for name in handle.tables}
-        stock_update(self, *args, **kwargs)
+        if handle is None:
+            stock_update(self, *args, **kwargs)
+            return
+        # TorchRec would move our state as if it were a row-wise Adagrad's.
+        states = {name: handle.read(name) for name in handle.tables}
+        handle.moving = True
+        try:
+            stock_update(self, *args, **kwargs)
+        finally:
+            handle.moving = False
         for name, state in states.items():
             handle.load(name, state)
 
@@ -267,20 +317,59 @@ def _wrap_sharded(sharded: type[Any]) -> None:
 def _local_shards(lookups: list[nn.Module], rank: int) -> list[LocalShard]:
     """This rank's shards of our tables in freshly made ``lookups``."""
     shards = []
-    for lookup in lookups:
-        for kernel in lookup.modules():
-            if not isinstance(kernel, _KERNEL_TYPES):
-                continue
-            for index, config in enumerate(kernel.config.embedding_tables):
-                if config.local_metadata is None:  # data parallel: whole on every rank
-                    row_offset, primary = 0, rank == 0
-                else:
-                    row_offset, column_offset = config.local_metadata.shard_offsets
-                    primary = column_offset == 0
-                shards.append(
-                    LocalShard(config.name, row_offset, primary, kernel.frequency_group, index)
-                )
+    for kernel in _kernels(lookups):
+        for index, config in enumerate(kernel.config.embedding_tables):
+            if config.local_metadata is None:  # data parallel: whole on every rank
+                row_offset, primary = 0, rank == 0
+            else:
+                row_offset, column_offset = config.local_metadata.shard_offsets
+                primary = column_offset == 0
+            shards.append(
+                LocalShard(config.name, row_offset, primary, kernel.frequency_group, index)
+            )
     return shards
+
+
+def _kernels(lookups: list[nn.Module]) -> list[Any]:
+    return [m for lookup in lookups for m in lookup.modules() if isinstance(m, _KERNEL_TYPES)]
+
+
+@torch.compiler.disable(reason=NOT_COMPILED)
+def _watch_outputs(handle: FrequencyTables, module: nn.Module, inputs: Any, output: Any) -> None:
+    """Forward hook of a sharded module: hands the tensors of its output to ``handle``."""
+
+    def watch(ready: Any) -> Any:
+        tensors = [ready] if isinstance(ready, KeyedTensor) else ready.values()
+        handle.watch(tensor.values() for tensor in tensors)
+        return ready
+
+    if torch.is_grad_enabled():
+        # The output comes when somebody waits for it.
+        output.callbacks.append(watch)
+
+
+def _wrap_load_state_dict() -> None:
+    """TorchRec refuses a state without our counters by its size; we say what to do."""
+    stock = KeyedOptimizer.load_state_dict
+
+    @functools.wraps(stock)
+    def load_state_dict(self: KeyedOptimizer, state_dict: Mapping[str, Any]) -> None:
+        missing = []
+        for key, weight in self.params.items():
+            for name in self.state.get(weight, ()):
+                table, _, state = name.rpartition(".")
+                if state == ROW_COUNTER and name not in state_dict["state"].get(key, ()):
+                    missing.append(table)
+        if missing:
+            raise ValueError(
+                f"The optimizer state has no row counters of {', '.join(map(repr, missing))}: it "
+                "is not one of FrequencySGD. Load the model's weights without it, then either "
+                "seed the counts, torchrec_freq.load_row_counts(model, counts, steps), or start "
+                "from zero by doing nothing."
+            )
+        stock(self, state_dict)
+
+    KeyedOptimizer.load_state_dict = load_state_dict
 
 
 def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchrec_freq.counters import COUNT_CEILING
 from torchrec_freq.register import frequency_modules
-from torchrec_freq.tables import FrequencyTables, Table, TableState
+from torchrec_freq.tables import FrequencyTables, Table
 
 
 def row_counts(model: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def load_row_counts(
             )
     for name, counts_R in counts.items():
         handle, table = tables[name]
-        handle.load(table.name, TableState(counts_R, max(known[name], 1)))
+        handle.load_counts(table.name, counts_R, torch.tensor([max(known[name], 1), 0]))
 
 
 def _tables(model: nn.Module) -> dict[str, tuple[FrequencyTables, Table]]:

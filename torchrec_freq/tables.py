@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.group import TableGroup
+from torchrec_freq.row_state import RowShard, RowState
 from torchrec_freq.scale import TableScales
-from torchrec_freq.tbe import NOT_COMPILED
+
+ROW_COUNTER: Final = "row_counter"
+ROW_COUNTER_STEPS: Final = "row_counter_steps"
+TABLE_SCALE: Final = "table_scale"
+"""Keys of the fused optimizer's state, each behind the table's name and a dot."""
 
 _CHUNK_ROWS: Final = 1 << 24
 """Rows summed over the ranks at once: bounds the device memory that a large table needs."""
@@ -50,13 +55,14 @@ class TableState:
 
     Attributes:
         counts: int64 [rows], on the CPU.
-        steps: the number of steps that the counts stand for.
-        since_halving: steps since they were last halved.
+        steps: int64 [2]: the number of steps that the counts stand for, and the steps since they
+            were last halved.
+        scale: float64 [2]: sum of squares of the gradient elements so far, and their number.
     """
 
     counts: Tensor
-    steps: int
-    since_halving: int = 0
+    steps: Tensor
+    scale: Tensor
 
 
 class FrequencyTables:
@@ -66,6 +72,7 @@ class FrequencyTables:
         tables: by name, in the same order on every rank.
         shards: those of this rank.
         scales: the tables' gradient scales, summed over the ranks.
+        moving: set while TorchRec moves shards, which must not find our state.
     """
 
     def __init__(self, tables: Sequence[Table], process_group: dist.ProcessGroup | None) -> None:
@@ -74,6 +81,8 @@ class FrequencyTables:
         self.shards: list[LocalShard] = []
         self.scales = TableScales(list(self.tables))
         self._normalized = any(table.config.normalize for table in tables)
+        self._last_backward = -1
+        self.moving = False
 
     @property
     def rank(self) -> int:
@@ -83,50 +92,95 @@ class FrequencyTables:
     def attach(self, shards: Sequence[LocalShard], device: torch.device | None) -> None:
         """Takes over this rank's shards, freshly made, and joins their gradient scales."""
         self.shards = list(shards)
-        totals = self.scales.flush()
         self.scales = TableScales(list(self.tables), device, self.process_group)
-        self.scales.totals.copy_(totals)
         position = {name: index for index, name in enumerate(self.tables)}
         groups = {id(shard.group): shard.group for shard in shards}
         for key, group in groups.items():
             mine = sorted((s for s in shards if id(s.group) == key), key=lambda s: s.index)
             group.share_scales(self.scales, [position[shard.table] for shard in mine])
 
-    @torch.compiler.disable(reason=NOT_COMPILED)
-    def before_forward(self, module: nn.Module, inputs: Any) -> None:
-        """Forward pre-hook of the sharded module."""
-        if self._normalized and torch.is_grad_enabled():
-            self.scales.exchange()
+    def watch(self, outputs: Iterable[Tensor]) -> None:
+        """Lets each backward through the module's outputs end with an exchange of the scales.
+
+        All ranks have outputs, also those without a shard, so all of them exchange.
+        """
+        if self._normalized:
+            for output in outputs:
+                if output.requires_grad:
+                    output.register_hook(self._on_output_grad)
+
+    def _on_output_grad(self, grad: Tensor) -> None:
+        # A number of its own for each backward: one exchange, however many outputs it comes from.
+        backward = torch._C._current_graph_task_id()
+        if backward != self._last_backward:
+            self._last_backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self.scales.exchange)
 
     def read(self, name: str) -> TableState:
         """State of a whole table, the same on every rank. All ranks must call it."""
         counts_R = torch.zeros(self.tables[name].rows, dtype=torch.int64)
         steps = torch.zeros(2, dtype=torch.int64)
+        scale = torch.zeros(2, dtype=torch.float64)
         for shard in self._shards_of(name):
-            counters = shard.group.counters
-            steps = torch.tensor([counters.steps[shard.index], counters.since_halving[shard.index]])
+            steps, scale = self.shard_steps(shard).clone(), self.scale(name).cpu()
             if shard.primary:
-                local_R = counters.read(shard.index).cpu()
+                local_R = shard.group.counters.saturated(shard.index).cpu()
                 counts_R[shard.row_offset : shard.row_offset + local_R.numel()] = local_R
         for chunk_R in counts_R.split(_CHUNK_ROWS):
             self._reduce(chunk_R, dist.ReduceOp.SUM)
         self._reduce(steps, dist.ReduceOp.MAX)
-        return TableState(counts_R, int(steps[0]), int(steps[1]))
+        self._reduce(scale, dist.ReduceOp.MAX)
+        return TableState(counts_R, steps, scale)
 
     def load(self, name: str, state: TableState) -> None:
-        """Sets the state of a table's shards on this rank."""
+        """Sets the state of a table: of its shards on this rank, and its scale."""
+        self.load_counts(name, state.counts, state.steps)
+        self.scale(name).copy_(state.scale)
+
+    def load_counts(self, name: str, counts_R: Tensor, steps: Tensor) -> None:
+        """Sets the counts of a table's shards on this rank, and the steps they stand for."""
         for shard in self._shards_of(name):
-            counters = shard.group.counters
-            rows = counters.rows_per_table[shard.index]
-            local_R = state.counts[shard.row_offset : shard.row_offset + rows]
-            counters.load(shard.index, local_R, state.steps, state.since_halving)
+            local_R = shard.group.counters.table(shard.index)
+            local_R.copy_(counts_R[shard.row_offset : shard.row_offset + local_R.numel()])
+            self.shard_steps(shard).copy_(steps)
 
     def steps(self, name: str) -> int:
         """The number of steps that a table's counts stand for. All ranks must call it."""
-        local = [s.group.counters.steps[s.index] for s in self._shards_of(name)]
+        local = [int(self.shard_steps(shard)[0]) for shard in self._shards_of(name)]
         steps = torch.tensor([max(local, default=0)])
         self._reduce(steps, dist.ReduceOp.MAX)
         return int(steps)
+
+    def shard_steps(self, shard: LocalShard) -> Tensor:
+        """int64 [2] view on the host: steps of a shard's counts, and those since the halving."""
+        return torch.from_numpy(shard.group.counters.steps[shard.index])
+
+    def scale(self, name: str) -> Tensor:
+        """float64 [2] view on the device: sum of squares and number of gradient elements."""
+        return self.scales.totals[list(self.tables).index(name)]
+
+    def state_dict(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """For each of the tables, which have shards here: its state by key, as views.
+
+        The counters are one tensor of all rows; the steps and the scale are equal on every rank.
+        """
+        return {name: self._table_state_dict(name, self._shards_of(name)) for name in names}
+
+    def _table_state_dict(self, name: str, shards: list[LocalShard]) -> dict[str, Tensor]:
+        counts = [
+            RowShard(shard.row_offset, shard.primary, shard.group.counters.table(shard.index))
+            for shard in shards
+        ]
+        # A replica a shard: what is loaded must reach each of several column shards on a rank.
+        steps = [
+            RowShard(0, shard.primary and shard.row_offset == 0, self.shard_steps(shard))
+            for shard in shards
+        ]
+        return {
+            f"{name}.{ROW_COUNTER}": RowState(self.tables[name].rows, counts),
+            f"{name}.{ROW_COUNTER_STEPS}": RowState(steps[0].tensor.numel(), steps),
+            f"{name}.{TABLE_SCALE}": self.scale(name),
+        }
 
     def _shards_of(self, name: str) -> list[LocalShard]:
         return [shard for shard in self.shards if shard.table == name]

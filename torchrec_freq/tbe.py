@@ -151,7 +151,6 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
             )
             return output
 
-        self.group.before_forward()
         # An empty tensor has no address to be recognised by, and without pooling there are none.
         hooked = lookups > 0 and not self.is_nobag
         if hooked:

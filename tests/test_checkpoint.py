@@ -1,0 +1,229 @@
+"""Counters through checkpoints: any plan to any plan, any number of ranks, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from models import Pair, TableSpec
+from ranks import on_ranks, run_on_ranks
+from test_sharding import make_plan
+from torch.distributed.checkpoint.api import CheckpointException
+from torchrec.distributed.sharding_plan import column_wise
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from torchrec_freq import row_counts
+from torchrec_freq.register import frequency_modules
+from torchrec_freq.row_state import RowShard, RowState
+
+TABLES = [
+    TableSpec("a", 12, 16, ["f0"]),
+    TableSpec("b", 7, 16, ["f1", "f2"]),
+    # TorchRec cuts grid shards 128 columns wide.
+    TableSpec("c", 30, 256, ["f3"]),
+]
+OPTIONS = {"half_life": 3}
+GLOBAL_BATCH = 4
+STEPS = 4
+
+# (ranks, hosts) -> plans
+LAYOUTS: dict[tuple[int, int], list[str]] = {
+    (1, 1): ["table_wise", "four columns", "data_parallel"],
+    (2, 1): ["table_wise", "row_wise", "column_wise", "four columns", "data_parallel", "mixed"],
+    (4, 2): ["table_row_wise", "table_column_wise", "grid_shard", "row_wise", "four columns"],
+}
+
+
+def plan_of(kind: str, ranks: int) -> dict[str, Any]:
+    if kind == "four columns":
+        return {t.name: column_wise([r % ranks for r in range(4)]) for t in TABLES}
+    if kind == "grid_shard":
+        return {**make_plan("table_wise", TABLES, ranks), "c": make_plan(kind, TABLES, ranks)["c"]}
+    return make_plan(kind, TABLES, ranks)
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()}
+
+
+def restore(model: Any, folder: Path) -> None:
+    state = state_of(model)
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    model.fused_optimizer.load_state_dict(state["optimizer"])
+
+
+def check_state(pair: Pair) -> None:
+    pair.check()
+    ((_, tables),) = frequency_modules(pair.model)
+    for name, table in pair.reference.tables.items():
+        state = tables.read(name)
+        assert state.steps.tolist() == [table.steps, table.trained % 3], name
+        wanted = torch.tensor([table.squares, table.elements], dtype=torch.float64)
+        torch.testing.assert_close(state.scale, wanted, rtol=1e-6, atol=0)
+
+
+def train_and_save(kind: str, ranks: int, folder: Path) -> None:
+    pair = Pair(TABLES, plan_of(kind, ranks), OPTIONS)
+    for _ in range(STEPS):
+        pair.step(per_rank=GLOBAL_BATCH // ranks)
+    check_state(pair)
+    dcp.save(state_of(pair.model), checkpoint_id=folder / f"{kind} {ranks}")
+
+
+def load_and_train(kind: str, ranks: int, folder: Path) -> None:
+    for source in sorted(folder.iterdir()):
+        pair = Pair(TABLES, plan_of(kind, ranks), OPTIONS)
+        for _ in range(STEPS):
+            pair.step_reference(GLOBAL_BATCH)
+        restore(pair.model, source)
+        check_state(pair)
+        # Through the next halving, at step 6.
+        for _ in range(3):
+            pair.step(per_rank=GLOBAL_BATCH // ranks)
+        check_state(pair)
+
+
+def test_any_plan_to_any_plan(tmp_path: Path) -> None:
+    layouts = [(kind, *layout) for layout, kinds in LAYOUTS.items() for kind in kinds]
+    for kind, ranks, hosts in layouts:
+        arguments = {"kind": kind, "ranks": ranks, "folder": tmp_path}
+        run_on_ranks(ranks, train_and_save, arguments, hosts=hosts)
+    assert len(list(tmp_path.iterdir())) == len(layouts) == 14
+    for kind, ranks, hosts in layouts:
+        arguments = {"kind": kind, "ranks": ranks, "folder": tmp_path}
+        run_on_ranks(ranks, load_and_train, arguments, hosts=hosts)
+
+
+@on_ranks(2)
+def test_each_row_is_saved_once(tmp_path: Path) -> None:
+    pair = Pair(TABLES, plan_of("four columns", 2), OPTIONS)
+    pair.step()
+    dcp.save(state_of(pair.model), checkpoint_id=tmp_path)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    key = "optimizer.state.embedding_bags.a.weight.a.row_counter"
+    stored: Any = metadata.state_dict_metadata[key]
+    assert stored.size == torch.Size([12]) and len(stored.chunks) == 1
+    assert stored.properties.dtype == torch.int32
+
+
+@on_ranks(2)
+def test_asynchronous_save(tmp_path: Path) -> None:
+    pair = Pair(TABLES, plan_of("row_wise", 2), OPTIONS)
+    pair.step()
+    before = row_counts(pair.model)
+    # TorchRec's sharded weights cannot be saved asynchronously on CPU; our state can.
+    saving: Any = dcp.async_save(
+        {"optimizer": pair.model.fused_optimizer.state_dict()}, checkpoint_id=tmp_path
+    )
+    pair.step()
+    saving.result()
+    state = {"optimizer": pair.model.fused_optimizer.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    pair.model.fused_optimizer.load_state_dict(state["optimizer"])
+    assert any(before[name].any() for name in before)
+    for name, counts in row_counts(pair.model).items():
+        assert torch.equal(counts, before[name])
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "four columns", "data_parallel"])
+@on_ranks(2)
+def test_torch_save_and_deepcopy(kind: str) -> None:
+    pair = Pair(TABLES, plan_of(kind, 2), OPTIONS)
+    for _ in range(2):
+        pair.step()
+    optimizer = pair.model.fused_optimizer
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict()["state"], file)
+    file.seek(0)
+    saved = {"state": torch.load(file)}  # with weights_only, its default
+    copied = copy.deepcopy(optimizer.state_dict())
+    counts = row_counts(pair.model)
+    for state in (saved, copied):
+        pair.step()
+        assert any(not torch.equal(counts[n], c) for n, c in row_counts(pair.model).items())
+        optimizer.load_state_dict(state)
+        for name, now in row_counts(pair.model).items():
+            assert torch.equal(counts[name], now)
+        ((_, tables),) = frequency_modules(pair.model)
+        assert {tables.steps(name) for name in tables.tables} == {2}
+
+
+@on_ranks(2)
+def test_a_ranks_file_does_not_fit_another_plan() -> None:
+    saved = Pair(TABLES, plan_of("row_wise", 2)).model.fused_optimizer.state_dict()
+    optimizer = Pair(TABLES, plan_of("table_wise", 2)).model.fused_optimizer
+    for key in saved["state"].keys() - optimizer.state_dict()["state"].keys():
+        del saved["state"][key]
+    with pytest.raises(ValueError, match=r"another sharding plan.*distributed\.checkpoint"):
+        optimizer.load_state_dict(saved)
+
+
+@on_ranks(2)
+def test_whole_tensors_fit_every_plan() -> None:
+    """As a tool writes that gathers a checkpoint into plain tensors."""
+    optimizer = Pair(TABLES, plan_of("four columns", 2)).model.fused_optimizer
+    state = optimizer.state_dict()
+    whole = {t.name: torch.arange(t.rows, dtype=torch.int32) for t in TABLES}
+    for states in state["state"].values():
+        for key in states:
+            if key.endswith(".row_counter"):
+                states[key] = whole[key.split(".")[0]]
+    pair = Pair(TABLES, plan_of("four columns", 2))
+    pair.model.fused_optimizer.load_state_dict(state)
+    for name, counts in row_counts(pair.model).items():
+        assert torch.equal(counts, whole[name].long())
+
+
+@on_ranks(2)
+def test_states_of_other_optimizers_are_refused(tmp_path: Path) -> None:
+    pair = Pair(TABLES, plan_of("table_wise", 2))
+    other = Pair(TABLES, plan_of("table_wise", 2), optimizer=RowWiseAdagrad)
+    message = r"no row counters of '[abc]'.*load_row_counts"
+    with pytest.raises(ValueError, match=message):
+        pair.model.fused_optimizer.load_state_dict(other.model.fused_optimizer.state_dict())
+    sgd = Pair(TABLES, plan_of("table_wise", 2), optimizer=torch.optim.SGD)
+    with pytest.raises(ValueError, match=message):
+        pair.model.fused_optimizer.load_state_dict(sgd.model.fused_optimizer.state_dict())
+    with pytest.raises(ValueError):
+        other.model.fused_optimizer.load_state_dict(pair.model.fused_optimizer.state_dict())
+
+    dcp.save(state_of(other.model), checkpoint_id=tmp_path)
+    with pytest.raises(CheckpointException, match="row_counter"):
+        dcp.load(state_of(pair.model), checkpoint_id=tmp_path)
+    # The weights alone load, and the counts start from zero.
+    weights = {"model": pair.model.state_dict()}
+    dcp.load(weights, checkpoint_id=tmp_path)
+    pair.step()
+    pair.check()
+
+
+@on_ranks(1)
+def test_counts_above_two_billion_rows() -> None:
+    """Offsets as far as metadata goes: no table of that size is allocated."""
+    rows = 2**33
+    shards = [
+        RowShard(start, True, torch.empty(2**32, dtype=torch.int32, device="meta"))
+        for start in (0, 2**32)
+    ]
+    state = RowState(rows, shards)
+    assert state.shape == (rows,)
+    items = state.__create_write_items__("key", state)
+    chunks = state.__create_chunk_list__()
+    assert [tuple(item.index.offset or ()) for item in items] == [(0,), (2**32,)]
+    assert [(tuple(c.offsets), tuple(c.sizes)) for c in chunks] == [
+        ((0,), (2**32,)),
+        ((2**32,), (2**32,)),
+    ]
+
+
+@on_ranks(1)
+def test_arithmetic_is_refused() -> None:
+    state = RowState(4, [RowShard(0, True, torch.zeros(4, dtype=torch.int32))])
+    with pytest.raises(NotImplementedError, match="row_counts"):
+        state + 1
