@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import random
 from typing import Any
 
@@ -10,6 +12,10 @@ import torch
 from models import TableSpec, make_batch, sample_loss, to_kjt
 from reference import ReferenceModel, ReferenceTable
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from torchrec_freq import FrequencySGD
 
@@ -103,3 +109,64 @@ def test_groups_and_closure() -> None:
     assert optimizer.step(closure) == 0.0
     assert slow.weight[1].tolist() == pytest.approx([-0.1, -0.1])
     assert fast.weight[1].tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("route", ["state_dict", "file", "distributed"])
+def test_state_round_trip(route: str) -> None:
+    """Interrupted training goes on as if it had not been; counts beyond float32 stay exact."""
+
+    def make() -> tuple[nn.EmbeddingBag, FrequencySGD]:
+        torch.manual_seed(0)
+        table = nn.EmbeddingBag(6, 4, mode="sum", sparse=True)
+        return table, FrequencySGD(table.parameters(), lr=0.1, half_life=3)
+
+    def train(table: nn.EmbeddingBag, optimizer: FrequencySGD, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            ids = torch.tensor([[step % 6, 1], [2, 2]])
+            table(ids).square().mean().backward()
+            optimizer.step()
+
+    whole, through = make()
+    train(whole, through, range(3))
+    through.state[whole.weight]["row_counter"][5] = 2**24 + 1
+    train(whole, through, range(3, 5))
+    saved = copy.deepcopy(through.state_dict())
+    weight = whole.weight.detach().clone()
+    train(whole, through, range(5, 9))
+
+    other, resumed = make()
+    with torch.no_grad():
+        other.weight.copy_(weight)
+    if route == "file":
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        saved = torch.load(file)
+    if route == "distributed":
+        stopped, before = make()
+        before.load_state_dict(saved)
+        state = get_optimizer_state_dict(stopped, before)
+        set_optimizer_state_dict(other, resumed, optim_state_dict=copy.deepcopy(state))
+    else:
+        resumed.load_state_dict(saved)
+    train(other, resumed, range(5, 9))
+    assert torch.equal(other.weight, whole.weight)
+    for key, value in through.state[whole.weight].items():
+        assert torch.equal(value, resumed.state[other.weight][key])
+        assert value.dtype == resumed.state[other.weight][key].dtype
+
+
+def test_state_of_another_optimizer_is_refused() -> None:
+    table = nn.Embedding(3, 2, sparse=True)
+    adagrad = torch.optim.Adagrad(table.parameters())
+    optimizer = FrequencySGD(table.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="row_counter"):
+        optimizer.load_state_dict(adagrad.state_dict())
+
+
+def test_options_of_a_group_are_checked() -> None:
+    table = nn.Embedding(3, 2)
+    group = {"params": table.parameters(), "coherence": -1}
+    with pytest.raises(ValueError, match="coherence"):
+        FrequencySGD([group], lr=0.1)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchrec_freq.config import check_learning_rate, make_config
+from torchrec_freq.config import FIELDS, FrequencyConfig, check_learning_rate, make_config
 from torchrec_freq.counters import RowCounters
 from torchrec_freq.rule import row_multiplier
 from torchrec_freq.scale import TableScales
-
-_COUNTERS = "row_counter"
-_SCALES = "table_scale"
+from torchrec_freq.tables import ROW_COUNTER, ROW_COUNTER_STEPS, TABLE_SCALE
 
 
 class FrequencySGD(torch.optim.Optimizer):
@@ -56,9 +55,12 @@ class FrequencySGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:
-        config = make_config(options)
-        super().__init__(params, {"lr": check_learning_rate(lr), "config": config})
+        defaults = dataclasses.asdict(make_config(options))
+        super().__init__(params, {"lr": check_learning_rate(lr), **defaults})
+        self._tables: dict[Tensor, _UnshardedTable] = {}
         for group in self.param_groups:
+            check_learning_rate(group["lr"])
+            _config(group)
             for param in group["params"]:
                 if param.dim() != 2:
                     raise ValueError(
@@ -84,7 +86,7 @@ class FrequencySGD(torch.optim.Optimizer):
         return loss
 
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        config = group["config"]
+        config = _config(group)
         if grad.is_sparse:
             if grad.is_coalesced() and grad._nnz() > 1 and config.count == "samples":
                 raise RuntimeError(
@@ -93,6 +95,10 @@ class FrequencySGD(torch.optim.Optimizer):
                 )
             rows_L, grad_LD = grad._indices()[0], grad._values()
         else:
+            if not grad.any():
+                # torch.distributed.checkpoint makes such a step to have a state to load into.
+                self.state[param] = self._table(param).state()
+                return
             if config.count == "samples":
                 raise RuntimeError(
                     "a dense gradient shows which rows occurred, not how often. Build the table "
@@ -106,20 +112,15 @@ class FrequencySGD(torch.optim.Optimizer):
             rows_L = grad.any(dim=1).nonzero().squeeze(1)
             grad_LD = grad.index_select(0, rows_L)
 
-        state = self.state[param]
-        if not state:
-            state[_COUNTERS] = RowCounters([param.shape[0]], param.device)
-            state[_SCALES] = TableScales(["table"], param.device)
-        counters: RowCounters = state[_COUNTERS]
-        scales: TableScales = state[_SCALES]
-
+        table = self._table(param)
+        counters, scales = table.counters, table.scales
         counters.begin_step(config.count)
         counters.add(rows_L, config.count)
         inverse = None
         if config.normalize is not None:
             inverse = scales.inverse()
-            table = torch.zeros(1, dtype=torch.int64, device=param.device)
-            scales.add(table, grad_LD.square().sum().view(1), table + grad_LD.numel())
+            first = torch.zeros(1, dtype=torch.int64, device=param.device)
+            scales.add(first, grad_LD.square().sum().view(1), first + grad_LD.numel())
             scales.exchange()
         multiplier_L = row_multiplier(
             config, counters.gather(rows_L), counters.device_steps, inverse
@@ -127,3 +128,54 @@ class FrequencySGD(torch.optim.Optimizer):
         scaled_LD = grad_LD * multiplier_L.unsqueeze(1).to(grad_LD.dtype)
         param.index_add_(0, rows_L, scaled_LD, alpha=-group["lr"])
         counters.end_step(config.half_life)
+        self.state[param] = table.state()
+
+    def _table(self, param: Tensor) -> _UnshardedTable:
+        if param not in self._tables:
+            self._tables[param] = _UnshardedTable(param)
+        return self._tables[param]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer.
+
+        Raises:
+            ValueError: the state of another optimizer, without row counters.
+        """
+        states = state_dict["state"]
+        for key, state in states.items():
+            if missing := {ROW_COUNTER, ROW_COUNTER_STEPS, TABLE_SCALE} - state.keys():
+                raise ValueError(
+                    f"The state of parameter {key} lacks {', '.join(sorted(missing))}: it is not "
+                    "one of FrequencySGD. Start without it; the counts then begin at zero."
+                )
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(saved, params, strict=True):
+            if key in states:
+                # The base class casts states to the type of the parameter.
+                self._table(param).load(states[key])
+                self.state[param] = self._table(param).state()
+
+
+class _UnshardedTable:
+    """Counters and scale of a whole table."""
+
+    def __init__(self, param: Tensor) -> None:
+        self.counters = RowCounters([param.shape[0]], param.device)
+        self.scales = TableScales(["table"], param.device)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            ROW_COUNTER: self.counters.counts,
+            ROW_COUNTER_STEPS: torch.from_numpy(self.counters.steps[0]),
+            TABLE_SCALE: self.scales.totals[0],
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for key, value in self.state().items():
+            value.copy_(state[key])
+
+
+def _config(group: dict[str, Any]) -> FrequencyConfig:
+    return make_config({name: group[name] for name in FIELDS})
