@@ -106,6 +106,7 @@ class Pair:
         by_table: Mapping[str, Mapping[str, Any]] | None = None,
         meta: bool = False,
         optimizer: Any = torchrec_freq.FrequencySGD,
+        dtensor: bool = False,
         seed: int = 0,
     ) -> None:
         options = dict(options or {})
@@ -142,7 +143,7 @@ class Pair:
                     {"lr": LR, **own[t.name]},
                 )
             sharder = EmbeddingBagCollectionSharder()
-        self.model = shard(collection, plan, sharder, weights)
+        self.model = shard(collection, plan, sharder, {} if dtensor else weights, dtensor)
 
     def step(self, per_rank: int = 3, skip: str | None = None) -> tuple[float, float]:
         """One step of both on one global batch; returns the two losses."""
@@ -201,14 +202,17 @@ def shard(
     plan: Mapping[str, Any],
     sharder: Any,
     weights: Mapping[str, Tensor],
+    dtensor: bool = False,
 ) -> DistributedModelParallel:
     """Shards by hand-made ``plan`` (table -> TorchRec generator) and copies ``weights`` in."""
+    group = dist.group.WORLD
+    assert group is not None
     module_plan = construct_module_sharding_plan(
         collection, dict(plan), sharder=sharder, device_type="cpu"
     )
     model = DistributedModelParallel(
         module=collection,
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        env=ShardingEnv(group.size(), group.rank(), group, output_dtensor=dtensor),
         device=torch.device("cpu"),
         plan=ShardingPlan(plan={"": module_plan}),
         sharders=[sharder],

@@ -100,6 +100,25 @@ def test_any_plan_to_any_plan(tmp_path: Path) -> None:
         run_on_ranks(ranks, load_and_train, arguments, hosts=hosts)
 
 
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise"])
+@on_ranks(2)
+def test_through_a_model_with_dtensors(kind: str, tmp_path: Path) -> None:
+    first = Pair(TABLES, plan_of("mixed", 2), OPTIONS)
+    first.step()
+    dcp.save(state_of(first.model), checkpoint_id=tmp_path / "first")
+    second = Pair(TABLES, plan_of(kind, 2), OPTIONS, dtensor=True)
+    restore(second.model, tmp_path / "first")
+    second.rng, second.reference = first.rng, first.reference
+    second.step()
+    dcp.save(state_of(second.model), checkpoint_id=tmp_path / "second")
+    third = Pair(TABLES, plan_of("four columns", 2), OPTIONS)
+    restore(third.model, tmp_path / "second")
+    third.rng, third.reference = second.rng, second.reference
+    check_state(third)
+    third.step()
+    check_state(third)
+
+
 @on_ranks(2)
 def test_each_row_is_saved_once(tmp_path: Path) -> None:
     pair = Pair(TABLES, plan_of("four columns", 2), OPTIONS)
