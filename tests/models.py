@@ -105,7 +105,7 @@ class Pair:
         by_sharder: bool = False,
         by_table: Mapping[str, Mapping[str, Any]] | None = None,
         meta: bool = False,
-        optimizer: Any = torchrec_freq.FrequencySGD,
+        optimizer: Any = None,
         dtensor: bool = False,
         seed: int = 0,
     ) -> None:
@@ -138,7 +138,7 @@ class Pair:
                 collection = make_collection(tables, weighted, torch.device("meta"))
             for t in tables:
                 apply_optimizer_in_backward(
-                    optimizer,
+                    optimizer or torchrec_freq.FrequencySGD,
                     collection.embedding_bags[t.name].parameters(),
                     {"lr": LR, **own[t.name]},
                 )

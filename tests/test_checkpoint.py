@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import Pair, TableSpec
 from ranks import on_ranks, run_on_ranks
@@ -138,7 +139,9 @@ def test_asynchronous_save(tmp_path: Path) -> None:
     before = row_counts(pair.model)
     # TorchRec's sharded weights cannot be saved asynchronously on CPU; our state can.
     saving: Any = dcp.async_save(
-        {"optimizer": pair.model.fused_optimizer.state_dict()}, checkpoint_id=tmp_path
+        {"optimizer": pair.model.fused_optimizer.state_dict()},
+        checkpoint_id=tmp_path,
+        process_group=dist.new_group(backend="gloo"),  # training goes on in the other one
     )
     pair.step()
     saving.result()

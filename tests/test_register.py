@@ -57,7 +57,6 @@ import models, random
 from torch.distributed.optim import _apply_optimizer_in_backward as apply
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import table_wise
-from torchrec.distributed.types import ShardingEnv2D
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
 torch.manual_seed(0)
