@@ -16,6 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     CounterBasedRegularizationDefinition,
+    DenseTableBatchedEmbeddingBagsCodegen,
     LearningRateMode,
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrec_freq import COUNT_CEILING, FrequencyConfig
 from torchrec_freq.group import Batch, TableGroup, bag_squares
+from torchrec_freq.replicated import ReplicatedTBE
 from torchrec_freq.tbe import FrequencyTBE, mean_pooling_weights
 
 SHAPES = [(11, 8), (5, 16), (40, 16)]
@@ -354,15 +356,35 @@ def test_hot_path_reads_nothing_from_the_device(
     else:
         tbe = make(config, pooling_mode=pooling)
         ids, offsets = batch(0)
-    for _ in range(3):
-        # FBGEMM's own forward and backward may do as they like; ours are all that is watched.
-        output = tbe(ids, offsets)
-        (update,) = [hook.__self__ for hook in output._backward_hooks.values()]
-        with NoHostRead():
-            update.on_output_grad(torch.ones_like(output))
-            if update.weights_L is not None:
-                update.unpack(update)
-        assert tbe.group.counters.counts.sum() > 0
+    with NoHostRead():
+        for _ in range(3):
+            tbe(ids, offsets).sum().backward()
+    assert tbe.group.counters.counts.sum() > 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
+def test_replicated_tables_read_nothing_from_the_device(
+    config: FrequencyConfig, pooling: PoolingMode
+) -> None:
+    tbe = ReplicatedTBE.adopt(
+        DenseTableBatchedEmbeddingBagsCodegen(
+            SHAPES, feature_table_map=FEATURES, pooling_mode=pooling, use_cpu=True
+        ),
+        config,
+        FEATURES,
+        LR,
+        None,
+    )
+    before = tbe.weights.detach().clone()
+    ids, offsets = batch(0)
+    with NoHostRead():
+        for _ in range(3):
+            tbe(ids, offsets).sum().backward()
+            assert tbe.weights.grad is not None
+            tbe.apply(tbe.weights.grad)
+    assert tbe.group.counters.counts.sum() > 0
+    assert not torch.equal(before, tbe.weights.detach())
 
 
 def test_no_host_read_detects_one() -> None:

@@ -60,7 +60,6 @@ class TableGroup:
     Attributes:
         counters: counts and steps.
         scales: gradient scales; shared by all shards of a sharded module (:meth:`share_scales`).
-        scale_of_table: int64 [tables], position of each table in ``scales``.
     """
 
     def __init__(
@@ -77,13 +76,13 @@ class TableGroup:
         self.pooled = pooled
         self.counters = RowCounters(rows, device)
         self.scales = TableScales([str(table) for table in range(len(rows))], device)
-        self.owns_scales = True
+        self._owns_scales = True
         self.feature_table_map = list(feature_table_map)
         self.dims = [dims[table] for table in feature_table_map]
         first_rows = [sum(rows[:table]) for table in feature_table_map]
         self._table_F = torch.tensor(self.feature_table_map, dtype=torch.int64, device=device)
         self._scale_F = self._table_F
-        self.scale_of_table = torch.arange(len(rows), device=device)
+        self._scale_of_table = torch.arange(len(rows), device=device)
         self._first_row_F = torch.tensor(first_rows, dtype=torch.int64, device=device)
         self._dim_F = torch.tensor(self.dims, dtype=torch.int64, device=device)
 
@@ -94,11 +93,11 @@ class TableGroup:
             positions: position in ``scales.names`` of each table.
         """
         self.scales = scales
-        self.owns_scales = False
-        self.scale_of_table = torch.tensor(
+        self._owns_scales = False
+        self._scale_of_table = torch.tensor(
             positions, dtype=torch.int64, device=self._table_F.device
         )
-        self._scale_F = self.scale_of_table.index_select(0, self._table_F)
+        self._scale_F = self._scale_of_table.index_select(0, self._table_F)
 
     def feature_of_lookup(self, batch: Batch) -> Tensor:
         """int64 [lookups], ascending."""
@@ -111,6 +110,12 @@ class TableGroup:
     def rows_of_lookup(self, batch: Batch, feature_L: Tensor) -> Tensor:
         """int64 [lookups], positions in ``counters.counts``."""
         return batch.indices.to(torch.int64) + self._first_row_F.index_select(0, feature_L)
+
+    def inverse_scales(self) -> Tensor:
+        """float32 [tables], ``1 / s_t`` as of the previous step."""
+        if self._owns_scales:
+            self.scales.exchange()
+        return self.scales.inverse().index_select(0, self._scale_of_table)
 
     def forget(self, feature: int, ids: Tensor) -> None:
         """Sets the counts of evicted rows to 0.
@@ -143,9 +148,7 @@ class TableGroup:
                 steps_F = counters.device_steps.index_select(0, self._table_F)
                 steps_L = steps_F.index_select(0, feature_L)
             if config.normalize is not None:
-                if self.owns_scales:
-                    self.scales.exchange()
-                inverse_F = self.scales.inverse().index_select(0, self._scale_F)
+                inverse_F = self.inverse_scales().index_select(0, self._table_F)
                 inverse_L = inverse_F.index_select(0, feature_L)
                 self.measure(batch, feature_L, grad)
             multiplier_L = row_multiplier(config, counters.gather(rows_L), steps_L, inverse_L)

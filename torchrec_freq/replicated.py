@@ -182,6 +182,6 @@ class _Update:
         group.counters.begin_step(group.config.count)
         group.counters.add_occurrences(self._occurrences_R, group.config.count)
         if group.config.normalize is not None:
-            self.tbe._inverse_T = group.scales.inverse().index_select(0, group.scale_of_table)
+            self.tbe._inverse_T = group.inverse_scales()
             # The gradient of this rank's mean loss; 1 / ranks of it is that of the global batch.
             group.measure(self.batch, self._feature_L, grad, factor=1 / self.tbe._ranks)
