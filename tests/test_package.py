@@ -75,7 +75,7 @@ def test_version_has_one_source(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
 def test_requirements_are_the_range_of_supported_versions(wheel: zipfile.ZipFile) -> None:
     requirements = [Requirement(text) for text in metadata(wheel).get_all("Requires-Dist", [])]
     needed = {r.name: r.specifier for r in requirements if r.marker is None}
-    assert set(needed) == {"torch", "torchrec"}
+    assert set(needed) == {"numpy", "safetensors", "torch", "torchrec", "tqdm"}
     for stack in SUPPORTED:
         assert stack.torch in needed["torch"]
         assert stack.torchrec in needed["torchrec"]

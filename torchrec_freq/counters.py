@@ -17,6 +17,31 @@ COUNT_CEILING: Final = 2**30
 _INT32_MAX: Final = 2**31 - 1
 
 
+def check_counts(table: str, counts_R: Tensor) -> None:
+    """Refuses what cannot be the counts of a table.
+
+    Args:
+        counts_R: [rows] of any dtype, on any device.
+
+    Raises:
+        ValueError: not whole numbers from 0 to ``COUNT_CEILING``; the message names the table.
+    """
+    if counts_R.dim() != 1:
+        raise ValueError(
+            f"Table {table!r}: counts must have the shape [num_embeddings]; got "
+            f"{list(counts_R.shape)}."
+        )
+    if counts_R.is_complex() or counts_R.dtype == torch.bool:
+        raise ValueError(f"Table {table!r}: counts cannot be {counts_R.dtype}.")
+    if counts_R.is_floating_point() and not bool((counts_R.frac() == 0).all()):
+        raise ValueError(f"Table {table!r}: counts must be whole numbers, without NaN or infinity.")
+    least, most = (int(value) for value in counts_R.aminmax()) if counts_R.numel() else (0, 0)
+    if least < 0 or most > COUNT_CEILING:
+        raise ValueError(
+            f"Table {table!r}: counts must lie in 0 to {COUNT_CEILING}; got {least} to {most}."
+        )
+
+
 class RowCounters:
     """Counters of the rows of one or more tables that lie behind each other in one tensor.
 

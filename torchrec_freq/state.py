@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from torchrec_freq.counters import COUNT_CEILING
+from torchrec_freq.counters import check_counts
 from torchrec_freq.register import frequency_modules
 from torchrec_freq.tables import FrequencyTables, Table
 
@@ -58,7 +58,12 @@ def load_row_counts(
             raise ValueError(
                 f"No table {name!r} trains with FrequencySGD. Tables: {', '.join(tables)}."
             )
-        _check(tables[name][1], counts_R)
+        rows = tables[name][1].rows
+        if tuple(counts_R.shape) != (rows,):
+            raise ValueError(
+                f"Table {name!r} has {rows} rows; got counts of shape {list(counts_R.shape)}."
+            )
+        check_counts(name, counts_R)
     for name in counts:
         handle, table = tables[name]
         known[name] = handle.steps(table.name) if steps is None else steps
@@ -89,22 +94,3 @@ def _tables(model: nn.Module) -> dict[str, tuple[FrequencyTables, Table]]:
         table.name if uses[table.name] == 1 else f"{path}.{table.name}": (handle, table)
         for path, handle, table in found
     }
-
-
-def _check(table: Table, counts_R: Tensor) -> None:
-    if tuple(counts_R.shape) != (table.rows,):
-        raise ValueError(
-            f"Table {table.name!r} has {table.rows} rows; got counts of shape "
-            f"{list(counts_R.shape)}."
-        )
-    if counts_R.is_complex() or counts_R.dtype == torch.bool:
-        raise ValueError(f"Table {table.name!r}: counts cannot be {counts_R.dtype}.")
-    if counts_R.is_floating_point() and not bool((counts_R.frac() == 0).all()):
-        raise ValueError(
-            f"Table {table.name!r}: counts must be whole numbers, without NaN or infinity."
-        )
-    least, most = (int(value) for value in counts_R.aminmax()) if table.rows else (0, 0)
-    if least < 0 or most > COUNT_CEILING:
-        raise ValueError(
-            f"Table {table.name!r}: counts must lie in 0 to {COUNT_CEILING}; got {least} to {most}."
-        )

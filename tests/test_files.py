@@ -1,0 +1,310 @@
+"""Files of counts: what they hold by safetensors' own reader, what is refused, killed writers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from models import TABLES, Pair
+from ranks import on_ranks
+from safetensors.numpy import load_file, save_file
+from test_sharding import make_plan
+
+import torchrec_freq
+from torchrec_freq import COUNT_CEILING
+from torchrec_freq.files import load_counts, save_counts
+
+COUNTS = {
+    "user": torch.tensor([0, 3, COUNT_CEILING, 1]),
+    "ebc.item": torch.arange(1000),
+    "none": torch.zeros(0, dtype=torch.int64),
+}
+METADATA = {"format": "torchrec_freq.counts", "version": "1", "steps": "7"}
+
+
+@pytest.mark.parametrize("steps", [None, 1, 10**12])
+def test_what_is_saved_is_loaded(tmp_path: Path, steps: int | None) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, COUNTS, steps)
+    loaded = load_counts(path)
+    assert loaded.steps == steps
+    assert set(loaded.counts) == set(COUNTS)
+    for name, counts in COUNTS.items():
+        assert loaded.counts[name].dtype == torch.int64
+        assert torch.equal(loaded.counts[name], counts)
+    assert os.listdir(tmp_path) == [path.name]
+    # The counts are a copy: neither a change of the one nor of the other shows in both.
+    before = path.read_bytes()
+    loaded.counts["user"].add_(1)
+    save_counts(path, {"user": torch.ones(4)})
+    assert loaded.counts["user"].tolist() == [1, 4, COUNT_CEILING + 1, 2]
+    assert path.read_bytes() != before
+
+
+def test_other_tools_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(str(path), COUNTS, 7)
+    arrays = load_file(path)
+    for name, counts in COUNTS.items():
+        assert arrays[name].dtype == np.int32
+        assert arrays[name].tolist() == counts.tolist()
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    assert json.loads(raw[8 : 8 + length])["__metadata__"] == METADATA
+    # 4 bytes a row, and readable to whom any new file is.
+    assert len(raw) == 8 + length + 4 * 1004
+    other = tmp_path / "other"
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
+def test_files_of_other_tools_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    wide: dict[str, np.ndarray] = {
+        "a": np.array([5, 0], dtype=np.int64),
+        "b": np.array([1], dtype=np.int32),
+    }
+    save_file(wide, path, {"format": "torchrec_freq.counts", "version": "1"})
+    loaded = load_counts(path)
+    assert {name: counts.tolist() for name, counts in loaded.counts.items()} == {
+        "a": [5, 0],
+        "b": [1],
+    }
+    assert loaded.steps is None
+
+
+def test_any_dtype_layout_and_shared_storage(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    whole = torch.arange(12, dtype=torch.int32)
+    counts = {
+        "first": whole[:6],
+        "second": whole[6:],
+        "again": whole[:6],
+        "strided": whole[::3],
+        "float": whole.double(),
+        "bytes": whole.to(torch.uint8),
+    }
+    save_counts(path, counts)
+    loaded = load_counts(path).counts
+    for name, expected in counts.items():
+        assert loaded[name].tolist() == expected.tolist()
+    assert whole.tolist() == list(range(12))
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, {"a": torch.arange(9), "b": torch.arange(3)}, 2)
+    raw = path.read_bytes()
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        with pytest.raises(ValueError, match=rf"{path} is truncated or not a safetensors file"):
+            load_counts(path)
+    path.write_bytes(raw + b"\0")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_counts(path)
+    path.write_bytes(raw)
+    assert load_counts(path).steps == 2
+
+
+FOREIGN: dict[str, tuple[np.ndarray, dict[str, str] | None, str]] = {
+    "no metadata": (np.zeros(3, np.int32), None, "not one of counts.*None"),
+    "a model": (np.zeros(3, np.int32), {"format": "pt"}, "not one of counts.*'pt'"),
+    "version": (np.zeros(3, np.int32), METADATA | {"version": "2"}, "version '2'.*Upgrade"),
+    "float": (np.zeros(3, np.float32), METADATA, r"'a' must be I32 or I64.*F32"),
+    "two dimensions": (np.zeros((3, 1), np.int32), METADATA, r"'a'.*\[3, 1\]"),
+    "a number": (np.zeros((), np.int32), METADATA, r"'a'.*\[\]"),
+    "negative": (np.array([3, -1], np.int32), METADATA, "'a': counts must lie in .* got -1 to 3"),
+    "too large": (np.array([2**40], np.int64), METADATA, f"'a'.*{2**40}"),
+    "steps of 0": (np.zeros(3, np.int32), METADATA | {"steps": "0"}, "steps.*'0'"),
+    "steps": (np.zeros(3, np.int32), METADATA | {"steps": "1.5"}, "steps.*'1.5'"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_files_are_refused(tmp_path: Path, case: str) -> None:
+    array, metadata, message = FOREIGN[case]
+    path = tmp_path / "foreign.safetensors"
+    save_file({"a": array}, path, metadata)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_counts(path)
+    assert str(path) in str(caught.value)
+
+
+def test_other_formats_and_missing_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    torch.save(COUNTS, path)
+    with pytest.raises(ValueError, match=str(path)):
+        load_counts(path)
+    path.write_text('{"a": [1, 2, 3]}' * 10)
+    with pytest.raises(ValueError, match=str(path)):
+        load_counts(path)
+    for missing in (tmp_path / "missing.safetensors", tmp_path):
+        with pytest.raises(OSError, match=str(missing)):
+            load_counts(missing)
+
+
+WRONG = {
+    "no table": ({}, 1, "at least one table"),
+    "empty name": ({"": torch.ones(2)}, 1, "name ''"),
+    "reserved name": ({"__metadata__": torch.ones(2)}, 1, "'__metadata__'"),
+    "two dimensions": ({"a": torch.ones(2, 1)}, 1, r"'a'.*\[2, 1\]"),
+    "negative": ({"a": torch.tensor([-1])}, 1, "'a'.*-1"),
+    "not whole": ({"a": torch.tensor([0.5])}, 1, "'a'.*whole"),
+    "NaN": ({"a": torch.tensor([torch.nan])}, 1, "'a'.*NaN"),
+    "too large": ({"a": torch.tensor([COUNT_CEILING + 1])}, 1, f"'a'.*{COUNT_CEILING + 1}"),
+    "bool": ({"a": torch.ones(2, dtype=torch.bool)}, 1, "'a'.*bool"),
+    "steps of 0": ({"a": torch.ones(2)}, 0, "steps value: 0"),
+    "fractional steps": ({"a": torch.ones(2)}, 1.5, "steps value: 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_counts_leave_the_old_file(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, COUNTS, 7)
+    before = path.read_bytes()
+    counts, steps, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        save_counts(path, counts, steps)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_failing_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, COUNTS, 7)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_counts(path, {"a": torch.ones(3)})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+    with pytest.raises(OSError, match="nowhere"):
+        save_counts(tmp_path / "nowhere" / "counts.safetensors", COUNTS)
+
+
+WRITER = """
+import os, sys, torch
+from torchrec_freq.files import save_counts
+path, stop = sys.argv[1:]
+new = torch.full((20_000_000,), 2, dtype=torch.int32)
+if stop in ("fsync", "replace"):
+    call = getattr(os, stop)
+    def wait(*arguments):
+        if stop == "replace":
+            call(*arguments)
+        print("stopped", flush=True)
+        sys.stdin.read()
+    setattr(os, stop, wait)
+print("started", flush=True)
+while True:
+    save_counts(path, {"a": new}, 2)
+"""
+
+
+def is_writing(folder: Path) -> bool:
+    """Whether there is something of the writer's next file."""
+    try:
+        return any(file.stat().st_size > 0 for file in folder.glob(".*.tmp/*"))
+    except FileNotFoundError:  # it went to its place meanwhile
+        return False
+
+
+# A number: killed so many seconds after the first byte of a file. A name: at this call.
+@pytest.mark.parametrize("stop", [0.0, 0.003, 0.01, 0.03, 0.1, "fsync", "replace"])
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, stop: float | str) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, {"a": torch.ones(5)}, 1)
+    before = path.read_bytes()
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(stop)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "started\n"
+        if isinstance(stop, float):
+            while not is_writing(tmp_path):
+                assert writer.poll() is None
+            time.sleep(stop)
+        else:
+            assert writer.stdout.readline() == "stopped\n"
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+    if stop == "fsync":
+        assert path.read_bytes() == before
+    if stop == "replace":
+        assert load_counts(path).steps == 2
+    loaded = load_counts(path)
+    assert (loaded.steps, loaded.counts["a"].numel()) in [(1, 5), (2, 20_000_000)]
+    assert set(loaded.counts["a"].unique().tolist()) == {loaded.steps}
+    # What is left has another name, and does not keep the next writer from its work.
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == [path.name]
+    save_counts(path, {"a": torch.full((3,), 9)}, 9)
+    assert load_counts(path).counts["a"].tolist() == [9, 9, 9]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, {"a": torch.full((20_000_000,), 2)}, 2)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), "never"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        inodes: set[int] = set()
+        deadline = time.monotonic() + 60
+        while len(inodes) < 4 and time.monotonic() < deadline:
+            loaded = load_counts(path)
+            assert loaded.steps == 2
+            assert bool((loaded.counts["a"] == 2).all())
+            inodes.add(path.stat().st_ino)
+        assert len(inodes) >= 2, "the writer never replaced the file"
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+@on_ranks(2)
+def test_counts_of_one_model_seed_another(folder: str) -> None:
+    path = Path(folder, "counts.safetensors")
+    pair = Pair(TABLES, make_plan("mixed", TABLES, 2))
+    for _ in range(3):
+        pair.step()
+    counts = torchrec_freq.row_counts(pair.model)
+    if dist.get_rank() == 0:
+        save_counts(path, counts, steps=3)
+    dist.barrier()
+    other = Pair(TABLES, make_plan("row_wise", TABLES, 2))
+    torchrec_freq.load_row_counts(other.model, *load_counts(path))
+    for name, table in other.reference.tables.items():
+        table.counts.update(dict(enumerate(counts[name].tolist())))
+        table.steps = 3
+    for _ in range(2):
+        other.step()
+    other.check()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return str(tmp_path)
