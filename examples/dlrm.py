@@ -4,7 +4,8 @@
 
 All arms start from the same weights and see the same batches in turn. They differ in one line: the
 optimizer of the embedding tables. Runs on CUDA with nccl where there is a GPU, on CPU with gloo
-otherwise.
+otherwise. With --checkpoint-dir the same command goes on where the last run was cut off, also on
+another number of ranks.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from tqdm import tqdm
 
+from examples.checkpoint import Checkpoints
 from examples.movielens import MovieLens, fetch, read
 from torchrec_freq import FrequencySGD, row_counts
 
@@ -56,6 +58,7 @@ DENSE_LR = 1e-3  # Adam on the dense layers, the same in every arm
 EMBEDDING_DIM = 16
 EVALUATIONS = 4  # points of a learning curve in an epoch
 EVALUATION_BATCH = 4096  # samples, all ranks
+CHECKPOINT_EVERY, KEEP = 100, 2  # steps; checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / ".data" / "ml-100k"
@@ -68,7 +71,8 @@ class Arm:
     optimizer_name: str
     lr: float
     model: DistributedModelParallel
-    optimizer: CombinedOptimizer
+    dense_optimizer: KeyedOptimizerWrapper
+    optimizer: CombinedOptimizer  # of the tables and the dense layers
     seconds: list[float] = field(default_factory=list)  # one a step
     curve: list[dict[str, Any]] = field(default_factory=list)  # one point an evaluation
 
@@ -104,8 +108,9 @@ class Arm:
         tensors = [
             shard.tensor
             for state in states
-            for value in state.values()
-            if hasattr(value, "local_shards")  # not the few numbers a table
+            for key, value in state.items()
+            # Not the few numbers a table.
+            if hasattr(value, "local_shards") and not key.endswith(".row_counter_steps")
             for shard in value.local_shards()
         ]
         total = torch.tensor(sum(tensor.nbytes for tensor in tensors), device=self.model.device)
@@ -157,7 +162,35 @@ def build(name: str, lr: float, seed: int, data: MovieLens, device: torch.device
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=DENSE_LR),
     )
-    return Arm(name, lr, model, CombinedOptimizer([model.fused_optimizer, dense]))
+    return Arm(name, lr, model, dense, CombinedOptimizer([model.fused_optimizer, dense]))
+
+
+def save(checkpoints: Checkpoints, step: int, arms: list[Arm]) -> None:
+    progress = {a.optimizer_name: {"curve": a.curve, "seconds": a.seconds} for a in arms}
+    checkpoints.save(step, state_of(arms), progress)
+
+
+def resume(checkpoints: Checkpoints, arms: list[Arm]) -> int:
+    """Loads the last checkpoint, if there is one, and returns the number of steps trained."""
+    found = checkpoints.latest()
+    if found is None:
+        return 0
+    for arm in arms:
+        # Adam makes its state in its first step: here one without gradients, which moves nothing.
+        arm.dense_optimizer.init_state()
+        progress = found.progress[arm.optimizer_name]
+        arm.curve, arm.seconds = progress["curve"], progress["seconds"]
+    checkpoints.load(found, state_of(arms))
+    if dist.get_rank() == 0:
+        print(f"Resumed from {found.path}, after {found.step} steps.", flush=True)
+    return found.step
+
+
+def state_of(arms: list[Arm]) -> dict[str, Any]:
+    """What torch.distributed.checkpoint saves and loads; the counters are in the optimizer's."""
+    models = {f"{arm.optimizer_name} model": arm.model for arm in arms}
+    optimizers = {f"{arm.optimizer_name} optimizer": arm.optimizer for arm in arms}
+    return {**models, **optimizers}
 
 
 def train(
@@ -170,8 +203,14 @@ def train(
     evaluations: int,
     seed: int,
     title: str,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> None:
-    """Trains the arms in turn on each batch and fills their curves with figures on `held_out`."""
+    """Trains the arms in turn on each batch and fills their curves with figures on `held_out`.
+
+    With `checkpoints` it goes on from the last one, and saves every `checkpoint_every` steps and at
+    the end.
+    """
     world_size, rank, device = dist.get_world_size(), dist.get_rank(), arms[0].model.device
     steps = len(data.train) // batch_size  # an epoch; the rest of the ratings is left out
     if steps < evaluations:
@@ -191,30 +230,56 @@ def train(
             figures = {name: arm.evaluate(batches) for name, batches in evaluation_batches.items()}
             arm.curve.append({"epoch": epoch, "step": len(arm.seconds)} | figures)
 
-    evaluate(epoch=0)
+    trained = resume(checkpoints, arms) if checkpoints else 0
+    if trained > epochs * steps:
+        raise ValueError(
+            f"the checkpoint is {trained} steps old, more than --epochs {epochs} has "
+            f"({epochs * steps}). Ask for more epochs, or start anew in another --checkpoint-dir."
+        )
+    if trained == 0:
+        evaluate(epoch=0)
     generator = torch.Generator().manual_seed(seed)
     with tqdm(
         desc=title,
         total=epochs * steps * batch_size * len(arms),
+        initial=trained * batch_size * len(arms),
         unit=" samples",
         unit_scale=True,
         disable=rank != 0,
     ) as bar:
         for epoch in range(epochs):
+            # Drawn also for an epoch that was trained before: the next one's depends on it.
             order = data.train[torch.randperm(len(data.train), generator=generator)]
             for step, rows in enumerate(order.split(batch_size)[:steps], start=1):
+                total = epoch * steps + step
+                if total <= trained:
+                    continue
                 batch = data.batch(rows.tensor_split(world_size)[rank]).to(device)
                 losses = {arm.optimizer_name: f"{arm.step(batch):.3f}" for arm in arms}
                 bar.set_postfix(losses, refresh=False)
                 bar.update(batch_size * len(arms))
                 if step in evaluation_steps:
                     evaluate(epoch + step / steps)
+                if checkpoints and (total % checkpoint_every == 0 or total == epochs * steps):
+                    save(checkpoints, total, arms)
 
 
 def compare(args: argparse.Namespace, data: MovieLens, device: torch.device) -> None:
     """The demo: one arm an optimizer, figures on the test ratings."""
     lrs = LR if args.lr is None else dict.fromkeys(OPTIMIZERS, args.lr)
     arms = [build(name, lrs[name], args.seed, data, device) for name in args.optimizer]
+    ratings = {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)}
+    checkpoints = None
+    if args.checkpoint_dir is not None:
+        settings = {
+            "optimizers and lr": {arm.optimizer_name: arm.lr for arm in arms},
+            "dense lr": DENSE_LR,
+            "seed": args.seed,
+            "batch size": args.batch_size,
+            "ratings": ratings,
+            "tables": data.tables,
+        }
+        checkpoints = Checkpoints(args.checkpoint_dir, settings=settings, keep=args.keep)
     train(
         arms,
         data,
@@ -224,9 +289,11 @@ def compare(args: argparse.Namespace, data: MovieLens, device: torch.device) -> 
         evaluations=EVALUATIONS,
         seed=args.seed,
         title="train",
+        checkpoints=checkpoints,
+        checkpoint_every=args.checkpoint_every,
     )
     results: dict[str, Any] = {
-        "ratings": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        "ratings": ratings,
         "rare_below": data.rare_below,
         "ranks": dist.get_world_size(),
         "device": device.type,
@@ -362,7 +429,26 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, help="use the first so many ratings only")
     add("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     add("--search", action="store_true", help="search each optimizer's lr on validation ratings")
-    return parser.parse_args()
+    add("--checkpoint-dir", type=Path, help="save here, and resume what is here")
+    add(
+        "--checkpoint-every",
+        type=int,
+        default=CHECKPOINT_EVERY,
+        help=f"steps from one checkpoint to the next (default: {CHECKPOINT_EVERY})",
+    )
+    add("--keep", type=int, default=KEEP, help=f"checkpoints to keep (default: {KEEP})")
+    args = parser.parse_args()
+    if args.checkpoint_dir is None and (args.checkpoint_every, args.keep) != (
+        CHECKPOINT_EVERY,
+        KEEP,
+    ):
+        parser.error("--checkpoint-every and --keep need --checkpoint-dir.")
+    if args.checkpoint_dir is not None and args.search:
+        parser.error("--search saves no checkpoints: leave out --checkpoint-dir.")
+    for name in ("checkpoint_every", "keep"):
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    return args
 
 
 @record
@@ -370,6 +456,7 @@ def main() -> None:
     args = parse_args()
     # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
     warnings.filterwarnings("ignore", module="torchrec|torchmetrics")
+    warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -215,6 +215,32 @@ def test_weights_that_are_learned() -> None:
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-6)
 
 
+@on_ranks(2)
+def test_feature_processor_by_the_whole_rule() -> None:
+    """Weights that a processor sets to ones: the rule of an unweighted collection."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tables = make_collection(TABLES, weighted=True)
+    weights = {t.name: tables.embedding_bags[t.name].weight.detach() for t in TABLES}
+    reference = ReferenceModel(
+        {t.name: ReferenceTable(weights[t.name], t.features) for t in TABLES}, LR
+    )
+    apply_optimizer_in_backward(FrequencySGD, tables.parameters(), {"lr": LR})
+    collection = FeatureProcessedEmbeddingBagCollection(
+        tables, PositionWeightedModuleCollection({name: 8 for t in TABLES for name in t.features})
+    )
+    sharder = FeatureProcessedEmbeddingBagCollectionSharder()
+    model = shard(collection, make_plan("table_wise", TABLES, 2), sharder, weights)
+    for _ in range(4):
+        features = make_batch(rng, TABLES, 6)
+        kjt = to_kjt(features, slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3))
+        sample_loss(model(kjt).to_dict()).mean().backward()
+        reference.step(features, lambda outputs: sample_loss(outputs).mean())
+    for name, weight in full_weights(model, only="embedding_bags").items():
+        wanted = reference.tables[name].weight
+        torch.testing.assert_close(weight.double(), wanted, rtol=0, atol=1e-6)
+
+
 class TwoCollections(nn.Module):
     """Two collections with a table of the same name, of other rows and features."""
 

@@ -8,7 +8,8 @@ What a new TorchRec version could move is named here and nowhere else:
 - ``_create_embedding_kernel`` of the two grouped lookups makes one kernel for a group of tables;
   groups that carry a ``FrequencyConfig`` get ours.
 - ``ShardedEmbeddingBagCollection`` and ``ShardedEmbeddingCollection`` are where every rank sees
-  every table: there we refuse, before anything is built, and join the shards' gradient scales.
+  every table: there we refuse, before anything is built, and join the shards' gradient scales,
+  whose exchange follows each backward through the module's outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -279,7 +280,6 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         handle = FrequencyTables(tables, given["env"].process_group)
         self.__dict__[_TABLES] = handle
         stock_init(self, *args, **kwargs)
-        self.register_forward_hook(functools.partial(_watch_outputs, handle))
         for lookup in self._lookups:
             if isinstance(lookup, DistributedDataParallel) and _kernels([lookup]):
                 lookup.register_comm_hook(handle.process_group, average_and_apply)
@@ -308,6 +308,8 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         for name, state in states.items():
             handle.load(name, state)
 
+    for name in ("compute_and_output_dist", "output_dist"):
+        setattr(sharded, name, _watched(getattr(sharded, name)))
     sharded.__init__ = init
     sharded._create_lookups = create_lookups
     if stock_update is not None:
@@ -334,18 +336,30 @@ def _kernels(lookups: list[nn.Module]) -> list[Any]:
     return [m for lookup in lookups for m in lookup.modules() if isinstance(m, _KERNEL_TYPES)]
 
 
+def _watched(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that ends a forward, with the tensors of its output handed to our tables.
+
+    A forward hook would miss modules around the collection, such as feature processors and
+    zero-collision hashing, and pipelines, which call these methods instead of the module.
+    """
+
+    @functools.wraps(stock)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        handle = self.__dict__.get(_TABLES)
+        if handle is not None and torch.is_grad_enabled():
+            # It comes when somebody waits for it.
+            output.callbacks.append(functools.partial(_watch, handle))
+        return output
+
+    return run
+
+
 @torch.compiler.disable(reason=NOT_COMPILED)
-def _watch_outputs(handle: FrequencyTables, module: nn.Module, inputs: Any, output: Any) -> None:
-    """Forward hook of a sharded module: hands the tensors of its output to ``handle``."""
-
-    def watch(ready: Any) -> Any:
-        tensors = [ready] if isinstance(ready, KeyedTensor) else ready.values()
-        handle.watch(tensor.values() for tensor in tensors)
-        return ready
-
-    if torch.is_grad_enabled():
-        # The output comes when somebody waits for it.
-        output.callbacks.append(watch)
+def _watch(handle: FrequencyTables, output: Any) -> Any:
+    tensors = [output] if isinstance(output, KeyedTensor) else output.values()
+    handle.watch(tensor.values() for tensor in tensors)
+    return output
 
 
 def _wrap_load_state_dict() -> None:
