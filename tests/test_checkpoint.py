@@ -137,11 +137,12 @@ def test_asynchronous_save(tmp_path: Path) -> None:
     pair = Pair(TABLES, plan_of("row_wise", 2), OPTIONS)
     pair.step()
     before = row_counts(pair.model)
+    group: Any = dist.new_group(backend="gloo")  # training goes on in the other one
     # TorchRec's sharded weights cannot be saved asynchronously on CPU; our state can.
     saving: Any = dcp.async_save(
         {"optimizer": pair.model.fused_optimizer.state_dict()},
         checkpoint_id=tmp_path,
-        process_group=dist.new_group(backend="gloo"),  # training goes on in the other one
+        process_group=group,
     )
     pair.step()
     saving.result()
