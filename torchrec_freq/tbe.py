@@ -135,24 +135,12 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
         lookups = indices.numel()
         weights_L = per_sample_weights
         if weights_L is not None:
-            # FBGEMM casts to float32 too, but on a copy that the hook would not recognise.
-            weights_L = weights_L.to(torch.float32)
+            # FBGEMM does so too, but on a copy that the hook would not recognise.
+            weights_L = weights_L.to(torch.float32).contiguous()
         if self._mean_pooling:
             weights_L = mean_pooling_weights(offsets, weights_L, lookups)
-        output: Tensor
-        if not torch.is_grad_enabled():
-            output = super().forward(
-                indices,
-                offsets,
-                weights_L,
-                feature_requires_grad,
-                batch_size_per_feature_per_rank,
-                **kwargs,
-            )
-            return output
-
         # An empty tensor has no address to be recognised by, and without pooling there are none.
-        hooked = lookups > 0 and not self.is_nobag
+        hooked = torch.is_grad_enabled() and lookups > 0 and not self.is_nobag
         if hooked:
             if weights_L is None:
                 weights_L = torch.ones(lookups, dtype=torch.float32, device=indices.device)
@@ -160,7 +148,7 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
                 feature_requires_grad = self._no_weight_grad
         update = _Update(self.group, weights_L if hooked else None)
         with torch.autograd.graph.saved_tensors_hooks(update.pack, update.unpack):
-            output = super().forward(
+            output: Tensor = super().forward(
                 indices,
                 offsets,
                 weights_L,
@@ -173,14 +161,14 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
                 f"FBGEMM saved the per-sample weights {update.packed} times instead of once: "
                 "this version of FBGEMM is not one that torchrec_freq knows"
             )
-        # Bounds-checked by the stock forward, and overwritten by the next one.
-        update.batch = Batch(
-            self._indices,
-            self._offsets,
-            update.weights_L,
-            variable_batch(self._vbe_metadata, batch_size_per_feature_per_rank),
-        )
         if output.requires_grad:
+            # Bounds-checked by the stock forward, and overwritten by the next one.
+            update.batch = Batch(
+                self._indices,
+                self._offsets,
+                update.weights_L,
+                variable_batch(self._vbe_metadata, batch_size_per_feature_per_rank),
+            )
             output.register_hook(update.on_output_grad)
         return output
 
