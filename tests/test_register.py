@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from typing import Any
@@ -18,6 +19,8 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.sharding_plan import row_wise, table_wise
 from torchrec.distributed.types import ShardingEnv2D
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -39,8 +42,6 @@ def every(generator: Any) -> dict[str, Any]:
 
 
 def train(model: Any, steps: int = 3) -> dict[str, torch.Tensor]:
-    import random
-
     rng = random.Random(0)
     for _ in range(steps):
         features = make_batch(rng, TABLES, 4)
@@ -139,6 +140,32 @@ def test_mixed_optimizers() -> None:
     one = train(build(RowWiseAdagrad, plan), steps=1)
     torch.testing.assert_close(mixed["b"], one["b"])
     assert not torch.equal(ours["a"], theirs["a"])
+
+
+@on_ranks(2)
+def test_plans_of_the_planner_train() -> None:
+    """Whatever the stock planner chooses, replicated tables included, from the sharder alone."""
+    torch.manual_seed(0)
+    collection: Any = make_collection(TABLES)
+    sharder: Any = EmbeddingBagCollectionSharder(
+        fused_params=torchrec_freq.fused_params(lr=LR, coherence=0.3)
+    )
+    planner = EmbeddingShardingPlanner()
+    plan = planner.collective_plan(collection, [sharder], dist.group.WORLD)
+    model = DistributedModelParallel(
+        collection, device=torch.device("cpu"), plan=plan, sharders=[sharder]
+    )
+    rng = random.Random(0)
+    lookups = dict.fromkeys(("a", "b", "c"), 0)
+    for _ in range(3):
+        features = make_batch(rng, TABLES, 6)
+        for name, table in zip(("a", "b", "b", "c"), features, strict=True):
+            lookups[name] += sum(map(len, table.bags))
+        rows = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+        sample_loss(model(to_kjt(features, rows)).to_dict()).mean().backward()
+    assert {name: int(n.sum()) for name, n in torchrec_freq.row_counts(model).items()} == lookups
+    ((_, tables),) = register.frequency_modules(model)
+    assert tables.shards and all(s.group.config.coherence == 0.3 for s in tables.shards)
 
 
 @on_ranks(2)
