@@ -14,10 +14,11 @@ What a new TorchRec version could move is named here and nowhere else:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -387,7 +388,7 @@ def _wrap_load_state_dict() -> None:
 
 
 def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:
-    """The tables of an unsharded collection that opted in, by TorchRec's order of precedence."""
+    """The tables of an unsharded collection that opted in."""
     parameters = dict(module.named_parameters())
     if hasattr(module, "embedding_bag_configs"):
         configs, prefix = module.embedding_bag_configs(), "embedding_bags"
@@ -395,12 +396,7 @@ def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:
         configs, prefix = module.embedding_configs(), "embeddings"
     tables = []
     for config in configs:
-        parameter = parameters.get(f"{prefix}.{config.name}.weight")
-        own = getattr(parameter, "_optimizer_kwargs", [{}])[0]
-        params = {**shared, **own}
-        for optimizer in getattr(parameter, "_optimizer_classes", []):
-            if "optimizer" not in own:
-                params["optimizer"] = torchrec_utils._OPTIMIZER_CLASS_TO_EMB_OPT_TYPE.get(optimizer)
+        params = _resolve(parameters.get(f"{prefix}.{config.name}.weight"), shared)
         if not _is_frequency(params):
             continue
         frequency = pop_config(params, params.pop("optimizer"))
@@ -413,6 +409,34 @@ def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:
         rows, columns = config.num_embeddings, config.embedding_dim
         tables.append(Table(config.name, rows, columns, frequency))
     return tables
+
+
+def trains_with_frequency(parameter: Any, shared: Mapping[str, Any] | None) -> bool:
+    """Whether an unsharded table will train with FrequencySGD under a sharder's fused params."""
+    return _is_frequency(_resolve(parameter, shared or {}))
+
+
+@contextlib.contextmanager
+def without_optimizer(parameters: Iterable[Any]) -> Iterator[None]:
+    """Hides the optimizer classes of unsharded tables, which TorchRec's planner looks at."""
+    hidden = [(p, p._optimizer_classes) for p in parameters if hasattr(p, "_optimizer_classes")]
+    for parameter, _ in hidden:
+        parameter._optimizer_classes = [None]
+    try:
+        yield
+    finally:
+        for parameter, classes in reversed(hidden):
+            parameter._optimizer_classes = classes
+
+
+def _resolve(parameter: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Fused params of an unsharded table, by TorchRec's order of precedence."""
+    own = getattr(parameter, "_optimizer_kwargs", [{}])[0]
+    params = {**shared, **own}
+    for optimizer in getattr(parameter, "_optimizer_classes", []):
+        if "optimizer" not in own:
+            params["optimizer"] = torchrec_utils._OPTIMIZER_CLASS_TO_EMB_OPT_TYPE.get(optimizer)
+    return params
 
 
 def _refuse(tables: list[Table], plan: Mapping[str, ParameterSharding], env: Any) -> None:
