@@ -90,8 +90,14 @@ class FrequencyTables:
         return 0 if self.process_group is None else self.process_group.rank()
 
     def attach(self, shards: Sequence[LocalShard], device: torch.device | None) -> None:
-        """Takes over this rank's shards, freshly made, and joins their gradient scales."""
+        """Takes over this rank's shards, freshly made, and joins their gradient scales.
+
+        Args:
+            device: where the module was told to be; its shards, if there are any, know better.
+        """
         self.shards = list(shards)
+        if shards:
+            device = shards[0].group.counters.counts.device
         self.scales = TableScales(list(self.tables), device, self.process_group)
         position = {name: index for index, name in enumerate(self.tables)}
         groups = {id(shard.group): shard.group for shard in shards}
