@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import LR, TABLES, Pair, full_weights, make_batch, make_collection, sample_loss, to_kjt
+from models import (
+    LR,
+    TABLES,
+    Pair,
+    TableSpec,
+    full_weights,
+    make_batch,
+    make_collection,
+    sample_loss,
+    to_kjt,
+)
 from ranks import on_ranks
+from reference import Feature
 from test_sharding import make_plan
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.utils.checkpoint import checkpoint
@@ -18,10 +29,12 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
+    row_wise,
     table_wise,
 )
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
@@ -29,6 +42,12 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    MCHManagedCollisionModule,
+)
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -266,6 +285,56 @@ def test_compiled_model() -> None:
         sample_loss(compiled(kjt).to_dict()).mean().backward()
         pair.reference.step(features, lambda outputs: sample_loss(outputs).mean())
     pair.check()
+
+
+@on_ranks(1)
+def test_zero_collision_hashing() -> None:
+    """A row that is given to another id counts from zero, and trains by the whole rule."""
+    table = TableSpec("a", 4, 8, ["f0"])
+    tables = make_collection([table])
+    apply_optimizer_in_backward(FrequencySGD, tables.parameters(), {"lr": LR})
+    hashing = MCHManagedCollisionModule(
+        zch_size=table.rows,
+        device=torch.device("cpu"),
+        eviction_policy=DistanceLFU_EvictionPolicy(),
+        eviction_interval=1,
+        input_hash_size=1000,
+    )
+    collection = ManagedCollisionEmbeddingBagCollection(
+        tables,
+        ManagedCollisionCollection({"a": hashing}, tables.embedding_bag_configs()),
+        return_remapped_features=True,
+    )
+    sharder: Any = ManagedCollisionEmbeddingBagCollectionSharder()
+    plan = construct_module_sharding_plan(
+        collection, {"a": row_wise()}, sharder=sharder, device_type="cpu"
+    )
+    model = DistributedModelParallel(
+        collection, device=torch.device("cpu"), plan=ShardingPlan({"": plan}), sharders=[sharder]
+    )
+    owners: dict[int, int] = {}
+    counts = [0] * table.rows
+    evictions = 0
+    before = full_weights(model, only="embedding_bags")
+    for ids in (
+        [100, 100, 200],
+        [100, 200, 300],
+        [400, 400, 300],
+        [500, 500, 500],
+        [100, 600, 500],
+    ):
+        output, remapped = model(to_kjt([Feature("f0", [[id_] for id_ in ids])]))
+        for id_, row in zip(ids, remapped.values().tolist(), strict=True):
+            # The last row is shared by all ids that have none of their own.
+            if owners.get(row, id_) != id_ and row != table.rows - 1:
+                evictions += 1
+                counts[row] = 0
+            owners[row] = id_
+            counts[row] += 1
+        sample_loss(output.to_dict()).mean().backward()
+        assert row_counts(model)["a"].tolist() == counts
+    assert evictions > 0, "the test evicts nothing"
+    assert not torch.equal(before["a"], full_weights(model, only="embedding_bags")["a"])
 
 
 @on_ranks(1)
