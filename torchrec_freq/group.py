@@ -75,7 +75,7 @@ class TableGroup:
         self.config = config
         self.pooled = pooled
         self.counters = RowCounters(rows, device)
-        self.scales = TableScales([str(table) for table in range(len(rows))], device)
+        self.scales = TableScales(len(rows), device)
         self._owns_scales = True
         self.feature_table_map = list(feature_table_map)
         self.dims = [dims[table] for table in feature_table_map]
@@ -90,7 +90,7 @@ class TableGroup:
         """Uses ``scales`` from now on; its owner calls ``exchange()`` after each backward.
 
         Args:
-            positions: position in ``scales.names`` of each table.
+            positions: number in ``scales`` of each table.
         """
         self.scales = scales
         self._owns_scales = False

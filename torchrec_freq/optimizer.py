@@ -163,7 +163,7 @@ class _UnshardedTable:
 
     def __init__(self, param: Tensor) -> None:
         self.counters = RowCounters([param.shape[0]], param.device)
-        self.scales = TableScales(["table"], param.device)
+        self.scales = TableScales(1, param.device)
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -113,8 +113,7 @@ class _RowStateOptimizer(FusedOptimizer):
         """For each table's weight its state by key; empty until its module is complete."""
         if self.tables is None or self.tables.moving:
             return {weight: {} for weight in self._table_of}
-        states = self.tables.state_dict(self._table_of.values())
-        return {weight: states[name] for weight, name in self._table_of.items()}
+        return {weight: self.tables.state_dict(name) for weight, name in self._table_of.items()}
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -370,8 +369,9 @@ def _wrap_load_state_dict() -> None:
     @functools.wraps(stock)
     def load_state_dict(self: KeyedOptimizer, state_dict: Mapping[str, Any]) -> None:
         missing = []
+        states = self.state  # a combined optimizer merges those of its parts at each access
         for key, weight in self.params.items():
-            for name in self.state.get(weight, ()):
+            for name in states.get(weight, ()):
                 table, _, state = name.rpartition(".")
                 if state == ROW_COUNTER and name not in state_dict["state"].get(key, ()):
                     missing.append(table)
@@ -406,8 +406,7 @@ def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:
                 f"Table {config.name!r}: FrequencySGD has no {', '.join(foreign)}; FBGEMM would "
                 "ignore it. Take it out of the fused params."
             )
-        rows, columns = config.num_embeddings, config.embedding_dim
-        tables.append(Table(config.name, rows, columns, frequency))
+        tables.append(Table(config.name, config.num_embeddings, frequency))
     return tables
 
 

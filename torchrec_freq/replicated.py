@@ -10,30 +10,24 @@ The update costs a pass over the table's rows, as the averaging of the dense gra
 
 # No postponed annotations: DDP compares those of its communication hook with the types themselves.
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     DenseTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.group import Batch, TableGroup
+from torchrec_freq.group import Batch
 from torchrec_freq.rule import row_multiplier
-from torchrec_freq.tbe import NOT_COMPILED, mean_pooling_weights, variable_batch
+from torchrec_freq.tbe import NOT_COMPILED, GroupedTBE, variable_batch
 
 
-class ReplicatedTBE(DenseTableBatchedEmbeddingBagsCodegen):
+class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
     """FBGEMM's dense table-batched embedding, updated by the rule in DDP's backward.
 
-    Attributes:
-        group: counters and gradient scales of its tables; equal on every rank.
+    Its group is equal on every rank.
     """
-
-    group: TableGroup
 
     @classmethod
     def adopt(
@@ -49,18 +43,7 @@ class ReplicatedTBE(DenseTableBatchedEmbeddingBagsCodegen):
             raise TypeError(f"cannot adopt a {type(tbe).__name__}: the engine knows only FBGEMM's")
         tbe.__class__ = cls
         assert isinstance(tbe, cls)
-        tbe.group = TableGroup(
-            frequency,
-            [rows for rows, _ in tbe.embedding_specs],
-            [dim for _, dim in tbe.embedding_specs],
-            feature_table_map,
-            pooled=tbe.pooling_mode != PoolingMode.NONE,
-            device=tbe.weights.device,
-        )
-        # As in the fused engine, mean pooling is done by the weights.
-        tbe._mean_pooling = tbe.pooling_mode == PoolingMode.MEAN
-        if tbe._mean_pooling:
-            tbe.pooling_mode = PoolingMode.SUM
+        tbe._start_group(frequency, feature_table_map, tbe.weights.device)
         tbe._inverse_T = torch.zeros(len(tbe.embedding_specs), device=tbe.weights.device)
         tbe.learning_rate = learning_rate
         ranks = 1 if process_group is None else process_group.size()
@@ -83,9 +66,7 @@ class ReplicatedTBE(DenseTableBatchedEmbeddingBagsCodegen):
         batch_size_per_feature_per_rank: list[list[int]] | None = None,
     ) -> Tensor:
         """As the stock forward; where a gradient is recorded, its backward counts."""
-        weights_L = per_sample_weights
-        if self._mean_pooling:
-            weights_L = mean_pooling_weights(offsets, weights_L, indices.numel())
+        weights_L = self._pooling_weights(indices, offsets, per_sample_weights)
         output: Tensor = super().forward(
             indices,
             offsets,
@@ -103,11 +84,6 @@ class ReplicatedTBE(DenseTableBatchedEmbeddingBagsCodegen):
         )
         output.register_hook(_Update(self, batch).on_output_grad)
         return output
-
-    def _generate_vbe_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        # The stock forward keeps none of it.
-        self._vbe_metadata = super()._generate_vbe_metadata(*args, **kwargs)
-        return self._vbe_metadata
 
     @torch.no_grad()
     def apply(self, gradient: Tensor) -> None:

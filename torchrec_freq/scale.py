@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,19 +22,18 @@ class TableScales:
     whose gradients have never been seen has no scale yet, and its first step updates no row.
 
     Args:
-        names: the tables, in the same order on every rank.
+        tables: how many, in the same order on every rank.
         device: where the gradients are.
         process_group: the ranks that hold shards of the tables; None for a single process.
     """
 
     def __init__(
         self,
-        names: Sequence[str],
+        tables: int,
         device: torch.device | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.names = tuple(names)
-        self._totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        self._totals = torch.zeros(tables, 2, dtype=torch.float64, device=device)
         self._pending = torch.zeros_like(self._totals)
         self._exchanged: tuple[Tensor, dist.Work | None] | None = None
         distributed = process_group is not None and process_group.size() > 1
@@ -61,7 +58,7 @@ class TableScales:
         """Adds what a shard saw in one backward.
 
         Args:
-            tables_F: int64 [features], the table of each feature, a position in ``names``.
+            tables_F: int64 [features], the number of each feature's table.
             squares_F: [features] sum of squares of the gradient elements.
             elements_F: [features] number of those elements.
         """

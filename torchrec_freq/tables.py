@@ -30,7 +30,6 @@ class Table:
 
     name: str
     rows: int
-    columns: int
     config: FrequencyConfig
 
 
@@ -79,7 +78,7 @@ class FrequencyTables:
         self.tables = {table.name: table for table in tables}
         self.process_group = process_group
         self.shards: list[LocalShard] = []
-        self.scales = TableScales(list(self.tables))
+        self.scales = TableScales(len(self.tables))
         self._normalized = any(table.config.normalize for table in tables)
         self._last_backward = -1
         self.moving = False
@@ -98,7 +97,7 @@ class FrequencyTables:
         self.shards = list(shards)
         if shards:
             device = shards[0].group.counters.counts.device
-        self.scales = TableScales(list(self.tables), device, self.process_group)
+        self.scales = TableScales(len(self.tables), device, self.process_group)
         position = {name: index for index, name in enumerate(self.tables)}
         groups = {id(shard.group): shard.group for shard in shards}
         for key, group in groups.items():
@@ -165,14 +164,12 @@ class FrequencyTables:
         """float64 [2] view on the device: sum of squares and number of gradient elements."""
         return self.scales.totals[list(self.tables).index(name)]
 
-    def state_dict(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """For each of the tables, which have shards here: its state by key, as views.
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """State of a table that has shards here, by key, as views.
 
         The counters are one tensor of all rows; the steps and the scale are equal on every rank.
         """
-        return {name: self._table_state_dict(name, self._shards_of(name)) for name in names}
-
-    def _table_state_dict(self, name: str, shards: list[LocalShard]) -> dict[str, Tensor]:
+        shards = self._shards_of(name)
         counts = [
             RowShard(shard.row_offset, shard.primary, shard.group.counters.table(shard.index))
             for shard in shards

@@ -45,6 +45,48 @@ def mean_pooling_weights(offsets: Tensor, weights_L: Tensor | None, lookups: int
     return inverse_L if weights_L is None else weights_L * inverse_L
 
 
+class GroupedTBE:
+    """What our TBEs add to FBGEMM's, fused or dense: a group, and what it must know of a batch.
+
+    Attributes:
+        group: counters and gradient scales of the tables.
+    """
+
+    group: TableGroup
+    embedding_specs: list[Any]
+    pooling_mode: PoolingMode
+
+    def _start_group(
+        self, frequency: FrequencyConfig, feature_table_map: list[int], device: torch.device
+    ) -> None:
+        self.group = TableGroup(
+            frequency,
+            [spec[0] for spec in self.embedding_specs],
+            [spec[1] for spec in self.embedding_specs],
+            feature_table_map,
+            pooled=self.pooling_mode != PoolingMode.NONE,
+            device=device,
+        )
+        # FBGEMM's CPU backward ignores 1/length where weights are given, so mean pooling is done
+        # by the weights.
+        self._mean_pooling = self.pooling_mode == PoolingMode.MEAN
+        if self._mean_pooling:
+            self.pooling_mode = PoolingMode.SUM
+
+    def _pooling_weights(
+        self, indices: Tensor, offsets: Tensor, weights_L: Tensor | None
+    ) -> Tensor | None:
+        """What sum pooling needs to pool as the tables do: [lookups], None for ones."""
+        if not self._mean_pooling:
+            return weights_L
+        return mean_pooling_weights(offsets, weights_L, indices.numel())
+
+    def _generate_vbe_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        # The stock forward keeps it no longer than it needs it.
+        self._vbe_metadata = super()._generate_vbe_metadata(*args, **kwargs)  # type: ignore[misc]
+        return self._vbe_metadata
+
+
 def variable_batch(metadata: Any, sizes: list[list[int]] | None) -> VariableBatch | None:
     """The layout of a variable batch from FBGEMM's ``VBEMetadata``; None for a fixed batch.
 
@@ -61,7 +103,7 @@ def variable_batch(metadata: Any, sizes: list[list[int]] | None) -> VariableBatc
     return VariableBatch(sizes, metadata.B_offsets_rank_per_feature, outputs.view(-1, len(sizes)))
 
 
-class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
+class FrequencyTBE(GroupedTBE, SplitTableBatchedEmbeddingBagsCodegen):
     """FBGEMM's table-batched embedding with the frequency-aware update in its backward.
 
     Takes the arguments of ``SplitTableBatchedEmbeddingBagsCodegen`` except ``optimizer``.
@@ -69,15 +111,9 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
     Args:
         frequency: the rule's settings.
 
-    Attributes:
-        group: counters and gradient scales of its tables.
-
     Raises:
         ValueError: an FBGEMM option that the rule would silently ignore.
     """
-
-    group: TableGroup
-    pooling_mode: PoolingMode
 
     def __init__(self, *args: Any, frequency: FrequencyConfig, **kwargs: Any) -> None:
         super().__init__(*args, optimizer=EmbOptimType.EXACT_SGD, **kwargs)
@@ -103,23 +139,11 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
                 "gradient_clipping=True: FBGEMM would clip after the row's multiplier, which is "
                 "another rule; set it to False"
             )
-        self.group = TableGroup(
-            frequency,
-            [spec[0] for spec in self.embedding_specs],
-            [spec[1] for spec in self.embedding_specs],
-            self.feature_table_map,
-            pooled=not self.is_nobag,
-            device=self.current_device,
-        )
+        self._start_group(frequency, self.feature_table_map, self.current_device)
         # Tells FBGEMM that no gradient of the weights is wanted: it costs as much as the update.
         self._no_weight_grad = torch.zeros(
             len(self.feature_table_map), dtype=torch.int32, device=self.current_device
         )
-        # FBGEMM's CPU backward ignores 1/length where weights are given, so mean pooling is done
-        # by the weights.
-        self._mean_pooling = self.pooling_mode == PoolingMode.MEAN
-        if self._mean_pooling:
-            self.pooling_mode = PoolingMode.SUM
 
     @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
@@ -137,8 +161,7 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
         if weights_L is not None:
             # FBGEMM does so too, but on a copy that the hook would not recognise.
             weights_L = weights_L.to(torch.float32).contiguous()
-        if self._mean_pooling:
-            weights_L = mean_pooling_weights(offsets, weights_L, lookups)
+        weights_L = self._pooling_weights(indices, offsets, weights_L)
         # An empty tensor has no address to be recognised by, and without pooling there are none.
         hooked = torch.is_grad_enabled() and lookups > 0 and not self.is_nobag
         if hooked:
@@ -194,11 +217,6 @@ class FrequencyTBE(SplitTableBatchedEmbeddingBagsCodegen):
         for feature, part in zip(logical_table_ids.tolist(), buffer_ids.tolist(), strict=True):
             evicted = pruned_indices[bounds[part] : bounds[part + 1]]
             self.group.forget(feature, evicted.to(self.current_device))
-
-    def _generate_vbe_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        # The stock forward keeps only part of it.
-        self._vbe_metadata = super()._generate_vbe_metadata(*args, **kwargs)
-        return self._vbe_metadata
 
 
 class _Update:
