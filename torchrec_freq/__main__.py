@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq import count
+from torchrec_freq import count, plan
 
-COMMANDS: Final = {"count": count}
+COMMANDS: Final = {"count": count, "plan": plan}
 """Modules with a ``HELP`` line, ``add_arguments(parser)`` and ``run(arguments)``."""
 
 

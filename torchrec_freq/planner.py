@@ -1,22 +1,103 @@
-"""FrequencySGD in TorchRec's planner: the memory of its counters."""
+"""FrequencySGD in TorchRec's planner: the memory of its counters, and what they say of the load."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
+from torch import Tensor
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.constants import BATCH_SIZE, NUM_POOLINGS, UVM_CACHING_RATIO
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.estimator.estimator import (
+    GridShardEvaluator,
+    RowWiseEvaluator,
+    TableRowWiseEvaluator,
+)
+from torchrec.distributed.planner.estimator.types import ShardPerfContext
+from torchrec.distributed.planner.shard_estimators import (
+    EmbeddingPerfEstimator,
+    EmbeddingStorageEstimator,
+)
+from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import ShardingOption, Storage
+from torchrec.distributed.planner.utils import bytes_to_gb
+from torchrec.distributed.types import CacheParams, CacheStatistics, ShardingPlan, ShardingType
 
 from torchrec_freq.register import trains_with_frequency, without_optimizer
+from torchrec_freq.traffic import CountHistogram, Policy, TableTraffic
 
 COUNTER_BYTES: Final = 4
 """Bytes of a row's counter."""
+
+Counts = Mapping[str, "Tensor | TableTraffic"]
+"""Table name -> counts [num_embeddings], or the summary of counts that are too large to hold."""
+
+_POLICIES: Final[Mapping[CacheAlgorithm, Policy]] = {
+    CacheAlgorithm.LRU: "lru",
+    CacheAlgorithm.LFU: "lfu",
+}
+
+
+def make_planner(
+    topology: Topology | None = None,
+    batch_size: int | None = None,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
+    *,
+    counts: Counts | None = None,
+    **kwargs: Any,
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner, which knows what FrequencySGD needs: in place of its constructor.
+
+    >>> planner = make_planner(Topology(world_size=8, compute_device="cuda"), batch_size=1024)
+
+    With counts it also knows which rows are hot. Row-wise shards cost what the rows in them are
+    looked up (:class:`FrequencyPerfEstimator`), and tables have :func:`cache_statistics`, from
+    which ``proposer=EmbeddingOffloadScaleupProposer()`` divides the memory for caches.
+
+    Args:
+        topology: the ranks and their memory; None for those of the default process group.
+        batch_size: samples of a rank's batch; None for TorchRec's default.
+        constraints: by table name. ``pooling_factors`` should be the mean ids a sample.
+        counts: by table name; of :func:`torchrec_freq.row_counts` or
+            :func:`torchrec_freq.load_counts`. Cache parameters that the constraints do not give
+            are TorchRec's defaults.
+        kwargs: further arguments of ``EmbeddingShardingPlanner``, except ``enumerator``.
+
+    Raises:
+        ValueError: counts that are not whole numbers in range, named by table.
+    """
+    if topology is None:
+        topology = Topology(
+            world_size=dist.get_world_size(),
+            local_world_size=get_local_size(),
+            compute_device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+    batch_size = batch_size or BATCH_SIZE
+    traffic = {name: _traffic(name, values) for name, values in (counts or {}).items()}
+    known = _with_statistics(dict(constraints or {}), traffic, topology, batch_size)
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        enumerator=EmbeddingEnumerator(
+            topology,
+            batch_size,
+            known,
+            estimator=[
+                FrequencyPerfEstimator(topology, known, traffic=traffic),
+                FrequencyStorageEstimator(topology, known),
+            ],
+        ),
+        constraints=known,
+        **{"stats": FrequencyStats(), **kwargs},
+    )
 
 
 class FrequencyStorageEstimator(EmbeddingStorageEstimator):
@@ -34,13 +115,7 @@ class FrequencyStorageEstimator(EmbeddingStorageEstimator):
         self, sharding_options: list[ShardingOption], sharder_data_map: dict[str, Any]
     ) -> None:
         """Sets ``storage`` of each option's shards, in bytes."""
-        ours = [
-            option
-            for option in sharding_options
-            if trains_with_frequency(
-                option.tensor, sharder_data_map[option.module_type_key].fused_params
-            )
-        ]
+        ours = [o for o in sharding_options if _is_ours(o, sharder_data_map)]
         with without_optimizer({id(o.tensor): o.tensor for o in ours}.values()):
             super().estimate(sharding_options, sharder_data_map)
         if self._is_inference:
@@ -54,40 +129,270 @@ class FrequencyStorageEstimator(EmbeddingStorageEstimator):
                 )
 
 
-def make_planner(
-    topology: Topology | None = None,
-    batch_size: int | None = None,
-    constraints: dict[str, ParameterConstraints] | None = None,
-    **kwargs: Any,
-) -> EmbeddingShardingPlanner:
-    """TorchRec's planner, which knows what FrequencySGD needs: in place of its constructor.
+class FrequencyPerfEstimator(EmbeddingPerfEstimator):
+    """TorchRec's estimate of time, with each row-wise shard's own share of the lookups.
 
-    >>> planner = make_planner(Topology(world_size=8, compute_device="cuda"), batch_size=1024)
+    TorchRec gives every row-wise shard equally many. Where ids are sorted by frequency, as those of
+    most vocabularies, the first shard has most of them, and its rank is the one that all wait for.
+    Other sharding types and tables without counts are TorchRec's, and so is the time to fetch
+    rows into a cache: which rows a cache misses depends little on where the hot ones lie.
 
     Args:
-        topology: the ranks and their memory; None for those of the default process group.
-        batch_size: samples of a rank's batch; None for TorchRec's default.
-        constraints: by table name.
-        kwargs: further arguments of ``EmbeddingShardingPlanner``, except ``enumerator``.
+        topology, constraints, is_inference: as of ``EmbeddingPerfEstimator``.
+        traffic: by table name.
     """
-    if topology is None:
-        topology = Topology(
-            world_size=dist.get_world_size(),
-            local_world_size=get_local_size(),
-            compute_device="cuda" if torch.cuda.is_available() else "cpu",
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        is_inference: bool = False,
+        *,
+        traffic: Mapping[str, TableTraffic],
+    ) -> None:
+        super().__init__(topology, constraints, is_inference)
+        self._traffic = traffic
+
+    def estimate(
+        self, sharding_options: list[ShardingOption], sharder_data_map: dict[str, Any]
+    ) -> None:
+        """Sets ``perf`` of each option's shards, in milliseconds."""
+        super().estimate(sharding_options, sharder_data_map)
+        for option in sharding_options:
+            traffic = self._traffic.get(option.name)
+            evaluator = _BY_SHARE.get(option.sharding_type)
+            if traffic is None or evaluator is None:
+                continue
+            config = self._estimator.config
+            contexts = ShardPerfContext.build_shard_perf_contexts(
+                config=config,
+                shard_sizes=[shard.size for shard in option.shards],
+                sharding_option=option,
+                topology=self._topology,
+                constraints=self._constraints,
+                sharder_data=sharder_data_map[option.module_type_key],
+                is_inference=self._is_inference,
+            )
+            for shard, context in zip(option.shards, contexts, strict=True):
+                first = shard.offset[0]
+                share = traffic.share(first, first + shard.size[0])
+                shard.perf = dataclasses.replace(
+                    evaluator(share).compute_perf(context, config),
+                    prefetch_compute=shard.perf.prefetch_compute,
+                )
+
+
+class _ByShare:
+    """Of an evaluator of row-wise shards: one shard's part of the table's lookups."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def get_batch_inputs_divisor(self, ctx: ShardPerfContext) -> float:
+        return 1 / self._share if self._share else float("inf")
+
+
+class _RowWise(_ByShare, RowWiseEvaluator):
+    pass
+
+
+class _TableRowWise(_ByShare, TableRowWiseEvaluator):
+    pass
+
+
+class _GridShard(_ByShare, GridShardEvaluator):
+    pass
+
+
+_BY_SHARE: Final[Mapping[str, type[Any]]] = {
+    ShardingType.ROW_WISE.value: _RowWise,
+    ShardingType.TABLE_ROW_WISE.value: _TableRowWise,
+    ShardingType.GRID_SHARD.value: _GridShard,
+}
+
+
+class FrequencyStats(EmbeddingStats):
+    """TorchRec's report of a plan, with the bytes of the counters below those of other optimizers.
+
+    Without it the report shows a second copy of each table that trains with FrequencySGD.
+    """
+
+    def log(self, *args: Any, best_plan: list[ShardingOption], **kwargs: Any) -> None:
+        """Logs the report, as ``EmbeddingStats`` does."""
+        data = getattr(kwargs.get("enumerator"), "_sharder_data_map", {})
+        ours = [option for option in best_plan if _is_ours(option, data)]
+        self._counter_bytes: dict[str, int] = {}
+        for option in ours:
+            bytes_ = COUNTER_BYTES * sum(shard.size[0] for shard in option.shards)
+            kernel = option.compute_kernel
+            self._counter_bytes[kernel] = self._counter_bytes.get(kernel, 0) + bytes_
+        with without_optimizer({id(o.tensor): o.tensor for o in ours}.values()):
+            super().log(*args, best_plan=best_plan, **kwargs)
+
+    def _log_compute_kernel_stats(
+        self, compute_kernels_stats: dict[str, Any], description: str
+    ) -> None:
+        super()._log_compute_kernel_stats(compute_kernels_stats, description)
+        if description == "Compute Kernels Optimizer State" and self._counter_bytes:
+            super()._log_compute_kernel_stats(
+                {k: f"{bytes_to_gb(b):.3f} GB" for k, b in self._counter_bytes.items()},
+                "Compute Kernels Row Counters of FrequencySGD",
+            )
+
+
+def cache_statistics(
+    counts: Tensor | TableTraffic,
+    batch_lookups: float,
+    algorithm: CacheAlgorithm = CacheAlgorithm.LRU,
+) -> CacheStatistics:
+    """What a cache of a table in host memory will see, from measured counts.
+
+    For ``ParameterConstraints(cache_params=CacheParams(stats=...))``; :func:`make_planner` with
+    counts does it for every table. It holds a histogram of the counts, some kilobytes.
+
+    - ``expected_lookups``: distinct rows in a global batch, which is what FBGEMM's cache is asked
+      for (:meth:`torchrec_freq.traffic.CountHistogram.expected_distinct`).
+    - ``expected_miss_rate(clf)``: share of them that a cache of ``clf`` times the table's rows does
+      not hold (:meth:`torchrec_freq.traffic.CountHistogram.miss_rate`).
+    - ``cacheability``: area under the miss rate from ``clf`` 0 to 1; 0 is easy, 1 hard to cache.
+
+    Args:
+        counts: [num_embeddings] whole numbers, or the sum of such summaries of parts.
+        batch_lookups: lookups of the table in a global batch: samples of all ranks times mean ids
+            a sample; above 0.
+        algorithm: the cache's, as in ``CacheParams``.
+
+    Raises:
+        ValueError: counts that are not whole numbers in range, or no lookups.
+    """
+    traffic = _traffic("counts", counts)
+    if not batch_lookups > 0:
+        raise ValueError(
+            f"Invalid batch_lookups value: {batch_lookups}. Must be above 0: samples of all ranks "
+            "times mean ids a sample."
         )
-    enumerator = EmbeddingEnumerator(topology, batch_size or BATCH_SIZE, constraints)
-    # In place of the stock storage estimator; the perf estimator stays as TorchRec chose it.
-    enumerator._estimators = [
-        FrequencyStorageEstimator(topology=topology, constraints=constraints)
-        if type(estimator) is EmbeddingStorageEstimator
-        else estimator
-        for estimator in enumerator._estimators
-    ]
-    return EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_size,
-        enumerator=enumerator,
-        constraints=constraints,
-        **kwargs,
-    )
+    return MeasuredCacheStatistics(traffic.histogram, batch_lookups, _POLICIES[algorithm])
+
+
+class MeasuredCacheStatistics(CacheStatistics):
+    """Result of :func:`cache_statistics`."""
+
+    def __init__(self, histogram: CountHistogram, batch_lookups: float, policy: Policy) -> None:
+        self._histogram = histogram
+        self._batch_lookups = batch_lookups
+        self._policy: Policy = policy
+        self._expected_lookups = histogram.expected_distinct(batch_lookups)
+        # Dense where the curve is steep: a cache of few rows.
+        clf = np.geomspace(1 / max(histogram.rows, 2), 1, 65)
+        clf = np.concatenate(([0.0], clf, np.linspace(0, 1, 17)[1:-1]))
+        clf.sort()
+        misses = np.array([self.expected_miss_rate(float(x)) for x in clf])
+        self._cacheability = float(((misses[1:] + misses[:-1]) / 2) @ np.diff(clf))
+
+    @property
+    def expected_lookups(self) -> float:
+        """Distinct rows in a global batch."""
+        return self._expected_lookups
+
+    def expected_miss_rate(self, clf: float) -> float:
+        """Share of the distinct rows of a batch that miss a cache of ``clf`` of the rows."""
+        if clf <= 0 and self._expected_lookups > 0:
+            return 1.0
+        rows = min(clf, 1.0) * self._histogram.rows
+        return self._histogram.miss_rate(rows, self._batch_lookups, self._policy)
+
+    @property
+    def cacheability(self) -> float:
+        """Area under the miss rate over the cache load factor."""
+        return self._cacheability
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MeasuredCacheStatistics:
+        # The planner copies it for each sharding option; it never changes.
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"MeasuredCacheStatistics(expected_lookups={self._expected_lookups:.6g}, "
+            f"cacheability={self._cacheability:.4g}, {self._policy})"
+        )
+
+
+class ShardLoad(NamedTuple):
+    """How much of a table's lookups go to one of its shards.
+
+    Attributes:
+        table: its name.
+        rank: where the shard is.
+        share: part of the table's lookups that read a row of this shard. Those of column shards
+            and of replicas of the same rows overlap.
+        columns: of the table's columns, those that are read here.
+    """
+
+    table: str
+    rank: int
+    share: float
+    columns: int
+
+
+def shard_loads(plan: ShardingPlan, counts: Counts) -> list[ShardLoad]:
+    """Expected lookups of each shard of a plan; those of ranks differ where hot rows are together.
+
+    Args:
+        plan: any plan, of :func:`make_planner` or not.
+        counts: by table name; tables without counts are left out.
+
+    Returns:
+        A load for each shard, in the order of the plan. A data-parallel table is looked up on
+        every rank, by the samples of that rank.
+    """
+    loads = []
+    traffic = {name: _traffic(name, values) for name, values in counts.items()}
+    for module in plan.plan.values():
+        for name, sharding in module.items():
+            if name not in traffic:
+                continue
+            ranks: Sequence[int] = sharding.ranks or []
+            if sharding.sharding_spec is None:  # data-parallel
+                loads += [ShardLoad(name, rank, 1 / len(ranks), 0) for rank in ranks]
+                continue
+            for rank, shard in zip(ranks, sharding.sharding_spec.shards, strict=True):
+                first, (rows, columns) = shard.shard_offsets[0], shard.shard_sizes
+                share = traffic[name].share(first, first + rows)
+                loads.append(ShardLoad(name, rank, share, columns))
+    return loads
+
+
+def _is_ours(option: ShardingOption, sharder_data_map: Mapping[str, Any]) -> bool:
+    data = sharder_data_map.get(option.module_type_key)
+    return trains_with_frequency(option.tensor, data.fused_params if data else None)
+
+
+def _traffic(table: str, counts: Tensor | TableTraffic) -> TableTraffic:
+    return counts if isinstance(counts, TableTraffic) else TableTraffic.of(counts, table=table)
+
+
+def _with_statistics(
+    constraints: dict[str, ParameterConstraints],
+    traffic: Mapping[str, TableTraffic],
+    topology: Topology,
+    batch_size: int,
+) -> dict[str, ParameterConstraints]:
+    """``constraints`` with cache statistics for the tables that have counts."""
+    for name, table in traffic.items():
+        own = constraints.get(name) or ParameterConstraints()
+        inputs = len(own.pooling_factors)
+        lookups = topology.world_size * sum(
+            ids * poolings * samples
+            for ids, poolings, samples in zip(
+                own.pooling_factors,
+                own.num_poolings or [NUM_POOLINGS] * inputs,
+                own.batch_sizes or [batch_size] * inputs,
+                strict=True,
+            )
+        )
+        cache = copy.copy(own.cache_params) or CacheParams(load_factor=UVM_CACHING_RATIO)
+        if cache.stats is None:
+            algorithm = cache.algorithm or CacheAlgorithm.LRU
+            cache.stats = cache_statistics(table, lookups, algorithm)
+        constraints[name] = dataclasses.replace(own, cache_params=cache)
+    return constraints
