@@ -144,7 +144,9 @@ class CountHistogram:
                 low = middle
             else:
                 high = middle
-        return held(high)
+        held_B = held(high)
+        # Rows that every batch has stay, once they are in; where they alone are too many, a share.
+        return held_B * min(1, cached_rows / float(self.rows_B @ held_B))
 
     def _seen(self, lookups: float) -> NDArray[np.float64]:
         """[bins] chance that ``lookups`` lookups have a row."""
