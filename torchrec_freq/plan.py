@@ -26,7 +26,6 @@ from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 from torchrec.distributed.planner.proposers import (
     EmbeddingOffloadScaleupProposer,
-    GreedyProposer,
     Proposer,
 )
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -38,7 +37,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import DataType, ShardingPlan
+from torchrec.distributed.types import DataType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -140,16 +139,20 @@ class Cluster:
     inter_host_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("ranks", "ranks_per_host"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"cluster: {name} must be a whole number >= 1; got {value!r}")
+        if type(self.reserved) not in (int, float) or not 0 <= self.reserved < 1:
+            raise ValueError(f"cluster: reserved must be 0 to below 1; got {self.reserved!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if (
-                value is not None
-                and (type(value) not in (int, float) or value <= 0)
-                and not (field.name == "reserved" and value == 0)
+                field.name != "reserved"
+                and value is not None
+                and not (type(value) in (int, float) and value > 0)
             ):
                 raise ValueError(f"cluster: {field.name} must be a number above 0; got {value!r}")
-        if self.reserved >= 1:
-            raise ValueError(f"cluster: reserved must be below 1; got {self.reserved}")
         if self.ranks % self.per_host:
             raise ValueError(
                 f"cluster: ranks must be a multiple of ranks_per_host ({self.per_host}); got "
@@ -309,89 +312,109 @@ def plan(
     """Plans a spec's tables with one of :data:`OPTIMIZERS`.
 
     Args:
-        counts: by table name. With them, row-wise shards have their own loads and caches the size
-            that serves their table.
-        timeout_seconds: ends the search of each of at most two plans with the best so far.
+        counts: by table name. With them, row-wise shards have their own loads, and caches grow
+            into the memory that is left where they serve most.
+        timeout_seconds: ends the search of each of at most three plans with the best so far.
 
     Returns:
         The plan in HBM; if there is none, the one with cached tables in host memory.
     """
-    seconds = 0.0
-    for fits, kernels in (("in HBM", _HBM_KERNELS), ("with a cache", [*_HBM_KERNELS, _CACHED])):
-        found = _Found()
-        proposers: list[Proposer] = [GreedyProposer(), GreedyProposer(use_depth=False)]
-        if counts is not None and _CACHED in kernels:
-            proposers.append(EmbeddingOffloadScaleupProposer())
+    search = _Search(spec, optimizer, counts, timeout_seconds)
+    if search.run(spec.constraints(_HBM_KERNELS)):
+        return search.result("in HBM")
+    if not search.run(spec.constraints([*_HBM_KERNELS, _CACHED])):
+        return Result(optimizer=optimizer, fits="no", seconds=search.seconds)
+    if counts is not None:
+        # TorchRec divides the memory for caches over tables of which all else is settled.
+        search.run(_settled(search.options), EmbeddingOffloadScaleupProposer())
+    return search.result("with a cache")
+
+
+def _settled(options: Sequence[ShardingOption]) -> dict[str, ParameterConstraints]:
+    """Constraints that leave of each table only what a plan chose."""
+    return {
+        option.name: ParameterConstraints(
+            sharding_types=[option.sharding_type],
+            compute_kernels=[option.compute_kernel],
+            min_partition=option.shards[0].size[1],
+            pooling_factors=option.input_lengths,
+        )
+        for option in options
+    }
+
+
+class _Search(FrequencyStats):
+    """Searches of the planner for one optimizer, and the last plan that was found."""
+
+    def __init__(
+        self, spec: Spec, optimizer: str, counts: Counts | None, timeout_seconds: int | None
+    ) -> None:
+        super().__init__()
+        self._spec, self._optimizer, self._counts = spec, optimizer, counts
+        self._timeout_seconds = timeout_seconds
+        self.seconds = 0.0
+
+    def run(
+        self, constraints: dict[str, ParameterConstraints], proposer: Proposer | None = None
+    ) -> bool:
+        """Whether there is a plan."""
         planner = make_planner(
-            spec.cluster.topology(),
-            spec.batch_size,
-            spec.constraints(kernels),
-            counts=counts,
-            proposer=proposers,
-            storage_reservation=FixedPercentageStorageReservation(spec.cluster.reserved),
-            stats=found,
-            timeout_seconds=timeout_seconds,
+            self._spec.cluster.topology(),
+            self._spec.batch_size,
+            constraints,
+            counts=self._counts,
+            proposer=proposer,
+            storage_reservation=FixedPercentageStorageReservation(self._spec.cluster.reserved),
+            stats=self,
+            timeout_seconds=self._timeout_seconds,
         )
         sharder: Any = EmbeddingBagCollectionSharder()
         try:
-            sharding_plan = planner.plan(spec.model(OPTIMIZERS[optimizer]), [sharder])
+            self.plan = planner.plan(self._spec.model(OPTIMIZERS[self._optimizer]), [sharder])
         except PlannerError:
-            seconds += found.seconds
-            continue
-        seconds += found.seconds
-        return _result(optimizer, fits, spec, found.options, sharding_plan, counts, seconds)
-    return Result(optimizer=optimizer, fits="no", seconds=seconds)
-
-
-class _Found(FrequencyStats):
-    """Keeps the options of the plan that is reported."""
-
-    options: list[ShardingOption]
-    seconds: float
+            return False
+        self.options = self._reported
+        return True
 
     def log(self, *args: Any, best_plan: list[ShardingOption], **kwargs: Any) -> None:
+        """Keeps what the planner reports, also of a failure, besides logging it."""
         super().log(*args, best_plan=best_plan, **kwargs)
-        self.options, self.seconds = best_plan, kwargs["run_time"]
+        self._reported = best_plan
+        self.seconds += kwargs["run_time"]
 
+    def result(self, fits: str) -> Result:
+        """Figures of the last plan."""
+        ranks = self._spec.cluster.ranks
+        hbm, ddr, step = [0] * ranks, [0] * ranks, [0.0] * ranks
+        for option in self.options:
+            for shard in option.shards:
+                hbm[shard.rank] += shard.storage.hbm
+                ddr[shard.rank] += shard.storage.ddr
+                step[shard.rank] += shard.perf.total
+        return Result(
+            optimizer=self._optimizer,
+            fits=fits,
+            tables_gb=(sum(hbm) + sum(ddr)) / GB,
+            hbm_gb=max(hbm) / GB,
+            ddr_gb=max(ddr) / GB,
+            step_ms=max(step),
+            load_factors={
+                option.name: option.cache_load_factor or UVM_CACHING_RATIO
+                for option in self.options
+                if option.compute_kernel == _CACHED
+            },
+            imbalance=self._imbalance(),
+            seconds=self.seconds,
+        )
 
-def _result(
-    optimizer: str,
-    fits: str,
-    spec: Spec,
-    options: Sequence[ShardingOption],
-    sharding_plan: ShardingPlan,
-    counts: Counts | None,
-    seconds: float,
-) -> Result:
-    ranks = spec.cluster.ranks
-    hbm, ddr, step = [0] * ranks, [0] * ranks, [0.0] * ranks
-    for option in options:
-        for shard in option.shards:
-            hbm[shard.rank] += shard.storage.hbm
-            ddr[shard.rank] += shard.storage.ddr
-            step[shard.rank] += shard.perf.total
-    imbalance = None
-    if counts is not None:
-        ids = {table.name: sum(table.pooling_factors) for table in spec.tables}
-        read = [0.0] * ranks
-        for load in shard_loads(sharding_plan, counts):
+    def _imbalance(self) -> float | None:
+        if self._counts is None:
+            return None
+        ids = {table.name: sum(table.pooling_factors) for table in self._spec.tables}
+        read = [0.0] * self._spec.cluster.ranks
+        for load in shard_loads(self.plan, self._counts):
             read[load.rank] += ids[load.table] * load.share * load.columns
-        imbalance = max(read) * ranks / sum(read) if sum(read) else None
-    return Result(
-        optimizer=optimizer,
-        fits=fits,
-        tables_gb=(sum(hbm) + sum(ddr)) / GB,
-        hbm_gb=max(hbm) / GB,
-        ddr_gb=max(ddr) / GB,
-        step_ms=max(step),
-        load_factors={
-            option.name: option.cache_load_factor or UVM_CACHING_RATIO
-            for option in options
-            if option.compute_kernel == _CACHED
-        },
-        imbalance=imbalance,
-        seconds=seconds,
-    )
+        return max(read) * len(read) / sum(read) if sum(read) else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

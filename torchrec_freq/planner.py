@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -323,9 +323,9 @@ class ShardLoad(NamedTuple):
     Attributes:
         table: its name.
         rank: where the shard is.
-        share: part of the table's lookups that read a row of this shard. Those of column shards
-            and of replicas of the same rows overlap.
-        columns: of the table's columns, those that are read here.
+        share: part of the table's lookups that read a row of this shard; column shards have all
+            of their rows' lookups each.
+        columns: number of columns that are read here.
     """
 
     table: str
@@ -342,20 +342,16 @@ def shard_loads(plan: ShardingPlan, counts: Counts) -> list[ShardLoad]:
         counts: by table name; tables without counts are left out.
 
     Returns:
-        A load for each shard, in the order of the plan. A data-parallel table is looked up on
-        every rank, by the samples of that rank.
+        A load for each shard, in the order of the plan. Data-parallel tables are left out: each
+        rank looks up its own samples in them.
     """
     loads = []
     traffic = {name: _traffic(name, values) for name, values in counts.items()}
     for module in plan.plan.values():
         for name, sharding in module.items():
-            if name not in traffic:
+            if name not in traffic or sharding.sharding_spec is None:
                 continue
-            ranks: Sequence[int] = sharding.ranks or []
-            if sharding.sharding_spec is None:  # data-parallel
-                loads += [ShardLoad(name, rank, 1 / len(ranks), 0) for rank in ranks]
-                continue
-            for rank, shard in zip(ranks, sharding.sharding_spec.shards, strict=True):
+            for rank, shard in zip(sharding.ranks, sharding.sharding_spec.shards, strict=True):
                 first, (rows, columns) = shard.shard_offsets[0], shard.shard_sizes
                 share = traffic[name].share(first, first + rows)
                 loads.append(ShardLoad(name, rank, share, columns))
