@@ -54,12 +54,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-def test_wheel_contains_every_module_and_the_typing_marker_and_no_more(
+def test_wheel_contains_modules_specs_and_the_typing_marker_and_no_more(
     wheel: zipfile.ZipFile,
 ) -> None:
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "torchrec_freq").rglob("*.py")}
+    package = ROOT / "torchrec_freq"
+    files = [*package.rglob("*.py"), *package.glob("specs/*.toml"), package / "py.typed"]
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == modules | {"torchrec_freq/py.typed"}
+    assert packed == {str(path.relative_to(ROOT)) for path in files}
 
 
 def test_wheel_carries_the_licence(wheel: zipfile.ZipFile) -> None:

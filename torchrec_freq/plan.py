@@ -508,9 +508,9 @@ def table(spec: Spec, results: Sequence[Result]) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
     for r in results:
-        factors = r.load_factors.values()
+        factors = sorted({f"{factor:.2f}" for factor in r.load_factors.values()})
         cached = (
-            f"{min(factors):.3g} to {max(factors):.3g}, {len(factors)} tables" if factors else ""
+            f"{' to '.join(factors[:: max(len(factors) - 1, 1)])} ({len(r.load_factors)} tables)"
         )
         lines.append(
             f"| {r.optimizer} | {r.fits} | {number(r.tables_gb)} | {number(r.hbm_gb)} "
