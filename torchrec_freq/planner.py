@@ -176,10 +176,7 @@ class FrequencyPerfEstimator(EmbeddingPerfEstimator):
             for shard, context in zip(option.shards, contexts, strict=True):
                 first = shard.offset[0]
                 share = traffic.share(first, first + shard.size[0])
-                shard.perf = dataclasses.replace(
-                    evaluator(share).compute_perf(context, config),
-                    prefetch_compute=shard.perf.prefetch_compute,
-                )
+                shard.perf = evaluator(share).compute_perf(context, config)
 
 
 class _ByShare:
