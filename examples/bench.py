@@ -10,12 +10,13 @@ turns is reported with its quartiles. On CUDA steps are timed by events, otherwi
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "FrequencySGD": FrequencySGD,
     "RowWiseAdagrad": RowWiseAdagrad,
     "Adagrad": torch.optim.Adagrad,
+}
+# The kernels of FBGEMM; ours and its counter mode are built on another one.
+TBE_OPTIMIZERS = {
+    BASE: EmbOptimType.EXACT_SGD,
+    "FrequencySGD": EmbOptimType.EXACT_SGD,
+    "COUNTER_SGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "RowWiseAdagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "Adagrad": EmbOptimType.EXACT_ADAGRAD,
 }
 
 
@@ -184,7 +193,7 @@ def _peak(step: Step, device: torch.device) -> int | None:
         step(0)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with _quiet(), torch.profiler.profile(profile_memory=True) as profile:
         step(0)
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     changes = [
@@ -197,6 +206,19 @@ def _peak(step: Step, device: torch.device) -> int | None:
         now += change
         peak = max(peak, now)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what the profiler's C++ writes to stderr whenever it starts and stops."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 # Bare tables.
@@ -221,7 +243,7 @@ def bench_tbe(shapes: list[Shape], device: torch.device, turns: int) -> list[Res
 
 
 def _tbe_optimizers(shape: Shape) -> list[str]:
-    names = [BASE, "FrequencySGD", "COUNTER_SGD", "RowWiseAdagrad", "Adagrad"]
+    names = list(TBE_OPTIMIZERS)
     # Five copies of the largest tables do not fit in memory.
     return names if shape.tables * shape.rows * shape.dim <= 2**28 else names[:2]
 
@@ -237,12 +259,6 @@ def _tbe(optimizer: str, shape: Shape, device: torch.device) -> Any:
     options: dict[str, Any] = {"learning_rate": LR, "device": device}
     if optimizer == "FrequencySGD":
         return FrequencyTBE(specs, frequency=FrequencyConfig(), **options)
-    types = {
-        BASE: EmbOptimType.EXACT_SGD,
-        "COUNTER_SGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        "RowWiseAdagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        "Adagrad": EmbOptimType.EXACT_ADAGRAD,
-    }
     if optimizer == "COUNTER_SGD":
         options |= {
             "weight_decay_mode": WeightDecayMode.COUNTER,
@@ -250,7 +266,9 @@ def _tbe(optimizer: str, shape: Shape, device: torch.device) -> Any:
                 learning_rate_mode=LearningRateMode.COUNTER_SGD
             ),
         }
-    return SplitTableBatchedEmbeddingBagsCodegen(specs, optimizer=types[optimizer], **options)
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        specs, optimizer=TBE_OPTIMIZERS[optimizer], **options
+    )
 
 
 def _tbe_state_bytes(tbe: Any) -> int:
@@ -392,7 +410,7 @@ def _state_bytes(model: DistributedModelParallel) -> int:
 
 def table(results: list[Result]) -> str:
     """Ratios to SGD, a line a workload and shape."""
-    optimizers = list(dict.fromkeys(result.optimizer for result in results))
+    optimizers = list(TBE_OPTIMIZERS)
     columns = ["SGD, ms", *optimizers[1:], "state, bytes a row", "peak of FrequencySGD / SGD"]
     lines = [
         "| workload, ranks | tables x rows x dim, batch, ids a bag | " + " | ".join(columns) + " |",
