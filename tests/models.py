@@ -109,7 +109,10 @@ class Pair:
         dtensor: bool = False,
         seed: int = 0,
     ) -> None:
+        # Below the default the rule does not depend on counts, and those of a test are small.
         options = dict(options or {})
+        if optimizer is None:
+            options.setdefault("min_count", 1)
         own = {t.name: {**options, **(by_table or {}).get(t.name, {})} for t in tables}
         torch.manual_seed(seed)
         self.rng = random.Random(seed)

@@ -33,22 +33,34 @@ class ReferenceTable:
     features: list[str]
     pooling: str = "sum"  # or "mean", or "none": the feature's output has a row a lookup
     count: str = "samples"
-    min_count: float = 1
+    min_count: float = 10
     half_life: int | None = None
-    coherence: float = 0.2
+    coherence: float = 0.05
     normalize: str | None = "table"
     counts: Counter[int] = field(default_factory=Counter)
     steps: int = 0
     trained: int = 0
     squares: float = 0.0
     elements: int = 0
+    outputs_are_lookups: bool = False  # what an optimizer sees that is given gradients alone
+    output_squares: float = 0.0
+    output_elements: int = 0
 
     def __post_init__(self) -> None:
         self.weight = self.weight.detach().double().clone()
 
-    def update(self, lookups: list[tuple[int, Tensor]], lr: float) -> None:
-        """One step, from the row and the gradient of each lookup."""
-        scale = math.sqrt(self.squares / self.elements) if self.squares else math.inf
+    def update(self, lookups: list[tuple[int, Tensor]], outputs: list[Tensor], lr: float) -> None:
+        """One step, from the row and the gradient of each lookup, and the outputs' gradients."""
+        if self.outputs_are_lookups:
+            outputs = [gradient for _, gradient in lookups]
+        ratio = 1.0
+        if self.squares and self.output_squares:
+            ratio = self.squares / self.elements * self.output_elements / self.output_squares
+        self.output_squares += sum(float(gradient.square().sum()) for gradient in outputs)
+        self.output_elements += sum(gradient.numel() for gradient in outputs)
+        scale = math.inf
+        if self.output_squares:
+            scale = math.sqrt(ratio * self.output_squares / self.output_elements)
         if self.normalize is None:
             scale = 1.0
         if self.count != "frozen":
@@ -80,11 +92,17 @@ class ReferenceModel:
         self.tables = tables
         self.lr = lr
 
-    def step(self, features: list[Feature], loss: Callable[[dict[str, Tensor]], Tensor]) -> float:
+    def step(
+        self,
+        features: list[Feature],
+        loss: Callable[[dict[str, Tensor]], Tensor],
+        sample_bag: dict[str, Tensor] | None = None,
+    ) -> float:
         """One step on the global batch.
 
         Args:
-            loss: mean loss of the global batch from ``{feature: [bags, columns] float64}``.
+            loss: mean loss of the global batch from ``{feature: [samples, columns] float64}``.
+            sample_bag: the bag of each sample, by feature, where samples share bags.
         """
         by_name = {feature.name: feature for feature in features}
         outputs: dict[str, Tensor] = {}
@@ -105,10 +123,20 @@ class ReferenceModel:
                     pooled.append(total / len(bag) if table.pooling == "mean" and bag else total)
                 if table.pooling == "none":
                     pooled = [leaf for _, leaf in leaves[name][first:]]
-                outputs[feature_name] = torch.stack(pooled) if pooled else torch.zeros(0, columns)
+                output = torch.stack(pooled) if pooled else torch.zeros(0, columns)
+                if sample_bag is not None:
+                    output = output[sample_bag[feature_name]]
+                # Its gradient is that of the output, also where there is no lookup.
+                outputs[feature_name] = output + torch.zeros_like(output, requires_grad=True)
+                outputs[feature_name].retain_grad()
         value = loss(outputs)
         value.backward()
         for name, table in self.tables.items():
             # A table that is not looked up still takes part in the step.
-            table.update([(row, leaf.grad) for row, leaf in leaves[name]], self.lr)  # type: ignore[misc]
+            gradients = [outputs[feature].grad for feature in table.features]
+            table.update(
+                [(row, leaf.grad) for row, leaf in leaves[name]],  # type: ignore[misc]
+                [gradient for gradient in gradients if gradient is not None],
+                self.lr,
+            )
         return float(value.detach())

@@ -65,7 +65,8 @@ def check_state(pair: Pair) -> None:
     for name, table in pair.reference.tables.items():
         state = tables.read(name)
         assert state.steps.tolist() == [table.steps, table.trained % 3], name
-        wanted = torch.tensor([table.squares, table.elements], dtype=torch.float64)
+        sums = [table.squares, table.elements, table.output_squares, table.output_elements]
+        wanted = torch.tensor(sums, dtype=torch.float64)
         torch.testing.assert_close(state.scale, wanted, rtol=1e-6, atol=0)
 
 

@@ -82,7 +82,7 @@ def counts(tbe: FrequencyTBE) -> list[Tensor]:
 
 
 def test_equals_fbgemms_counter_sgd() -> None:
-    ours = make(FrequencyConfig(count="batches", coherence=0, normalize=None))
+    ours = make(FrequencyConfig(count="batches", coherence=0, min_count=1, normalize=None))
     theirs = make_stock(
         EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         eps=0.0,
@@ -135,8 +135,8 @@ def test_two_backwards_count_twice() -> None:
 
 
 def test_backwards_in_another_order_than_forwards() -> None:
-    tbe = make(FrequencyConfig(coherence=0, normalize=None))
-    other = make(FrequencyConfig(coherence=0, normalize=None))
+    tbe = make(FrequencyConfig(coherence=0, min_count=1, normalize=None))
+    other = make(FrequencyConfig(coherence=0, min_count=1, normalize=None))
     first, second = batch(1), batch(2)
     values = [loss(tbe(*first)), loss(tbe(*second))]
     values[1].backward()
@@ -255,7 +255,7 @@ def test_evicted_rows_start_anew() -> None:
 
 
 def test_learning_rate_reaches_the_kernel() -> None:
-    config = FrequencyConfig(coherence=0, normalize=None)
+    config = FrequencyConfig(coherence=0, min_count=1, normalize=None)
     moved = []
     for lr in (LR, 4 * LR):
         tbe = make(config)
@@ -268,7 +268,7 @@ def test_learning_rate_reaches_the_kernel() -> None:
 
 
 def test_counter_near_its_ceiling() -> None:
-    tbe = make(FrequencyConfig(coherence=0, normalize=None))
+    tbe = make(FrequencyConfig(coherence=0, min_count=1, normalize=None))
     start = torch.full((SHAPES[1][0],), COUNT_CEILING - 1)
     tbe.group.counters.table(1).copy_(start)
     for step in range(3):
@@ -300,7 +300,6 @@ def test_bad_ids_do_as_in_stock_sgd(mode: BoundsCheckMode, bad: int) -> None:
         ids = ids.clone()
         ids[0] = bad
         try:
-            # Two steps: the first of FrequencySGD only measures the scale.
             for _ in range(2):
                 loss(tbe(ids.clone(), offsets)).backward()
         except (RuntimeError, IndexError) as error:
@@ -339,9 +338,9 @@ class NoHostRead(TorchDispatchMode):
 
 
 CONFIGS = {
-    "full": FrequencyConfig(half_life=2),
+    "full": FrequencyConfig(half_life=2, min_count=1),
     "batches": FrequencyConfig(count="batches"),
-    "paper": FrequencyConfig(coherence=0, normalize=None),
+    "paper": FrequencyConfig(coherence=0, min_count=1, normalize=None),
 }
 
 

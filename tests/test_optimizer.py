@@ -21,9 +21,9 @@ from torchrec_freq import FrequencySGD
 
 LR = 0.03
 RULES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "paper": {"coherence": 0.0, "normalize": None},
-    "batches": {"count": "batches", "coherence": 0.0, "normalize": None},
+    "full": {"min_count": 1},
+    "paper": {"coherence": 0.0, "min_count": 1, "normalize": None},
+    "batches": {"count": "batches", "coherence": 0.0, "min_count": 1, "normalize": None},
     "half-life": {"half_life": 2, "min_count": 2},
 }
 
@@ -39,9 +39,9 @@ def test_sparse_gradient(rule: str, mean: bool) -> None:
     )
     nn.init.uniform_(table.weight, -0.2, 0.2)
     optimizer = FrequencySGD(table.parameters(), lr=LR, **RULES[rule])
-    reference = ReferenceModel(
-        {"a": ReferenceTable(table.weight, ["f0"], "mean" if mean else "sum", **RULES[rule])}, LR
-    )
+    whole = ReferenceTable(table.weight, ["f0"], "mean" if mean else "sum", **RULES[rule])
+    whole.outputs_are_lookups = True
+    reference = ReferenceModel({"a": whole}, LR)
     for _ in range(6):
         features = make_batch(rng, [spec], 5)
         kjt = to_kjt(features)
@@ -60,7 +60,7 @@ def test_dense_presence_equals_sparse(sparse: bool) -> None:
     table = nn.Embedding(6, 4, sparse=sparse)
     nn.init.constant_(table.weight, 0.5)
     optimizer = FrequencySGD(
-        table.parameters(), lr=0.1, count="batches", coherence=0, normalize=None
+        table.parameters(), lr=0.1, count="batches", coherence=0, min_count=1, normalize=None
     )
     for ids in ([0, 0, 3], [3, 4], [0]):
         optimizer.zero_grad()
@@ -97,6 +97,7 @@ def test_groups_and_closure() -> None:
         [{"params": slow.parameters(), "lr": 0.1}, {"params": fast.parameters()}],
         lr=1.0,
         coherence=0,
+        min_count=1,
         normalize=None,
     )
 

@@ -36,7 +36,7 @@ def test_multiplier(coherence: float, normalize: Any, min_count: float) -> None:
 
 
 def test_papers_rule_alone() -> None:
-    config = FrequencyConfig(coherence=0, normalize=None)
+    config = FrequencyConfig(coherence=0, min_count=1, normalize=None)
     got = row_multiplier(config, torch.tensor([1, 4, 100]))
     torch.testing.assert_close(got, torch.tensor([1.0, 0.5, 0.1]))
 

@@ -90,7 +90,7 @@ def train(
     for step in range(7):
         # In step 2 a feature of a shared table has no id anywhere, in step 4 a whole table.
         loss, expected = pair.step(skip={2: "f1", 4: "f0"}.get(step))
-        assert abs(loss - expected) < 1e-6
+        assert loss == pytest.approx(expected, rel=1e-6, abs=1e-6)
         pair.check()
 
 

@@ -11,7 +11,8 @@ CountMode = Literal["samples", "batches", "frozen"]
 Normalize = Literal["table"]
 
 COUNT_MODES: Final = ("samples", "batches", "frozen")
-DEFAULT_COHERENCE: Final = 0.2
+DEFAULT_COHERENCE: Final = 0.05
+DEFAULT_MIN_COUNT: Final = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class FrequencyConfig:
             the global batch adds 1 (an id twice in one bag adds 2). ``"batches"``: a row that
             occurs at all adds 1. ``"frozen"``: nothing; the counts are loaded.
         min_count: lower bound of the effective count, at least 1. It bounds the learning rate of
-            rows that are seen for the first time at ``lr / (s_t * sqrt(min_count))``.
+            rows that are seen for the first times at ``lr / (s_t * sqrt(min_count))``.
         half_life: steps after which all counts of a table are halved, for data that drift.
             None: never.
         coherence: share of a row's occurrences in one batch whose gradients agree, at least 0.
@@ -36,7 +37,7 @@ class FrequencyConfig:
     """
 
     count: CountMode = "samples"
-    min_count: float = 1
+    min_count: float = DEFAULT_MIN_COUNT
     half_life: int | None = None
     coherence: float = DEFAULT_COHERENCE
     normalize: Normalize | None = "table"

@@ -87,7 +87,7 @@ class TableGroup:
         self._dim_F = torch.tensor(self.dims, dtype=torch.int64, device=device)
 
     def share_scales(self, scales: TableScales, positions: Sequence[int]) -> None:
-        """Uses ``scales`` from now on; its owner calls ``exchange()`` after each backward.
+        """Uses ``scales`` from now on; its owner measures the outputs and ends the steps.
 
         Args:
             positions: number in ``scales`` of each table.
@@ -112,9 +112,7 @@ class TableGroup:
         return batch.indices.to(torch.int64) + self._first_row_F.index_select(0, feature_L)
 
     def inverse_scales(self) -> Tensor:
-        """float32 [tables], ``1 / s_t`` as of the previous step."""
-        if self._owns_scales:
-            self.scales.exchange()
+        """float32 [tables], ``1 / s_t``."""
         return self.scales.inverse().index_select(0, self._scale_of_table)
 
     def forget(self, feature: int, ids: Tensor) -> None:
@@ -148,11 +146,13 @@ class TableGroup:
                 steps_F = counters.device_steps.index_select(0, self._table_F)
                 steps_L = steps_F.index_select(0, feature_L)
             if config.normalize is not None:
+                self.measure(batch, feature_L, grad)
                 inverse_F = self.inverse_scales().index_select(0, self._table_F)
                 inverse_L = inverse_F.index_select(0, feature_L)
-                self.measure(batch, feature_L, grad)
             multiplier_L = row_multiplier(config, counters.gather(rows_L), steps_L, inverse_L)
         counters.end_step(config.half_life)
+        if self._owns_scales:
+            self.scales.end_step()
         return multiplier_L
 
     def measure(self, batch: Batch, feature_L: Tensor, grad: Tensor, factor: float = 1.0) -> None:
@@ -164,6 +164,10 @@ class TableGroup:
         lengths_F = self._lookups_of_feature(batch)
         if self.pooled:
             squares_B = self._bag_squares(batch, grad)
+            if self._owns_scales:
+                outputs_F = self._sum_by_feature(batch, torch.ones_like(squares_B))
+                outputs_squares_F = self._sum_by_feature(batch, squares_B)
+                self.scales.add_outputs(self._scale_F, outputs_squares_F, outputs_F * self._dim_F)
             if batch.weights_L is None:
                 squares_B = squares_B * batch.offsets.diff()
             else:
@@ -174,7 +178,9 @@ class TableGroup:
         else:
             squares_L = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square_()
             squares_F = squares_L.new_zeros(len(self.dims)).index_add_(0, feature_L, squares_L)
-        self.scales.add(self._scale_F, squares_F * factor**2, lengths_F * self._dim_F)
+            if self._owns_scales:
+                self.scales.add_outputs(self._scale_F, squares_F, lengths_F * self._dim_F)
+        self.scales.add_lookups(self._scale_F, squares_F * factor**2, lengths_F * self._dim_F)
 
     def _lookups_of_feature(self, batch: Batch) -> Tensor:
         """[features], of the type of ``offsets``."""

@@ -51,7 +51,7 @@ class FrequencySGD(torch.optim.Optimizer):
 
     Source:
         Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable Benefits",
-        ICLR 2022 (``coherence=0, normalize=None``).
+        ICLR 2022 (``coherence=0, min_count=1, normalize=None``).
     """
 
     def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:
@@ -118,10 +118,12 @@ class FrequencySGD(torch.optim.Optimizer):
         counters.add(rows_L, config.count)
         inverse = None
         if config.normalize is not None:
-            inverse = scales.inverse()
             first = torch.zeros(1, dtype=torch.int64, device=param.device)
-            scales.add(first, grad_LD.square().sum().view(1), first + grad_LD.numel())
-            scales.exchange()
+            measured = (first, grad_LD.square().sum().view(1), first + grad_LD.numel())
+            scales.add_lookups(*measured)
+            scales.add_outputs(*measured)
+            inverse = scales.inverse()
+            scales.end_step()
         multiplier_L = row_multiplier(
             config, counters.gather(rows_L), counters.device_steps, inverse
         )

@@ -33,6 +33,7 @@ from torchrec.distributed.batched_embedding_kernel import (
     BatchedFusedEmbeddingBag,
     EmbeddingFusedOptimizer,
 )
+from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding import ShardedEmbeddingCollection, get_ec_index_dedup
 from torchrec.distributed.embedding_lookup import (
     GroupedEmbeddingsLookup,
@@ -41,6 +42,7 @@ from torchrec.distributed.embedding_lookup import (
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv2D, ShardingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedTensor
@@ -48,7 +50,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from torchrec_freq.config import FrequencyConfig, check_learning_rate, make_config, pop_config
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.replicated import ReplicatedTBE, average_and_apply
-from torchrec_freq.tables import ROW_COUNTER, FrequencyTables, LocalShard, Table
+from torchrec_freq.tables import ROW_COUNTER, FrequencyTables, LocalShard, Output, Table
 from torchrec_freq.tbe import NOT_COMPILED, FrequencyTBE
 
 _TABLES: Final = "_frequency_tables"
@@ -357,8 +359,13 @@ def _watched(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable(reason=NOT_COMPILED)
 def _watch(handle: FrequencyTables, output: Any) -> Any:
-    tensors = [output] if isinstance(output, KeyedTensor) else output.values()
-    handle.watch(tensor.values() for tensor in tensors)
+    if isinstance(output, KeyedTensor):
+        whole = Output(tuple(output.keys()), tuple(output.length_per_key()))
+        outputs = [(output.values(), whole)]
+    else:
+        values = {name: part.values() for name, part in output.items()}
+        outputs = [(part, Output((name,), (part.shape[1],))) for name, part in values.items()]
+    handle.watch(outputs, 1 / handle.ranks if get_gradient_division() else 1.0)
     return output
 
 
@@ -395,7 +402,7 @@ def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:
     else:
         configs, prefix = module.embedding_configs(), "embeddings"
     tables = []
-    for config in configs:
+    for config, outputs in zip(configs, get_embedding_names_by_table(configs), strict=True):
         params = _resolve(parameters.get(f"{prefix}.{config.name}.weight"), shared)
         if not _is_frequency(params):
             continue
@@ -406,7 +413,7 @@ def _find_tables(module: Any, shared: Mapping[str, Any]) -> list[Table]:
                 f"Table {config.name!r}: FrequencySGD has no {', '.join(foreign)}; FBGEMM would "
                 "ignore it. Take it out of the fused params."
             )
-        tables.append(Table(config.name, config.num_embeddings, frequency))
+        tables.append(Table(config.name, config.num_embeddings, frequency, tuple(outputs)))
     return tables
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.group import Batch
 from torchrec_freq.rule import row_multiplier
-from torchrec_freq.tbe import NOT_COMPILED, GroupedTBE, variable_batch
+from torchrec_freq.tbe import NOT_COMPILED, GroupedTBE, before_backward, variable_batch
 
 
 class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
@@ -82,7 +82,7 @@ class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
             None if weights_L is None else weights_L.detach().to(torch.float32),
             variable_batch(self._vbe_metadata, batch_size_per_feature_per_rank),
         )
-        output.register_hook(_Update(self, batch).on_output_grad)
+        before_backward(output, _Update(self, batch).on_output_grad)
         return output
 
     @torch.no_grad()
@@ -158,6 +158,6 @@ class _Update:
         group.counters.begin_step(group.config.count)
         group.counters.add_occurrences(self._occurrences_R, group.config.count)
         if group.config.normalize is not None:
-            self.tbe._inverse_T = group.inverse_scales()
             # The gradient of this rank's mean loss; 1 / ranks of it is that of the global batch.
             group.measure(self.batch, self._feature_L, grad, factor=1 / self.tbe._ranks)
+            self.tbe._inverse_T = group.inverse_scales()

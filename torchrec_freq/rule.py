@@ -41,9 +41,9 @@ def row_multiplier(
         [...] float32 multipliers, finite and at least 0.
 
     Source:
-        ``coherence=0, normalize=None`` is counter-based SGD (and, with frozen counts, FA-SGD) of
-        Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable Benefits",
-        ICLR 2022. Coherence and table scale are this package's.
+        ``coherence=0, min_count=1, normalize=None`` is counter-based SGD (and, with frozen counts,
+        FA-SGD) of Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable
+        Benefits", ICLR 2022. Coherence and table scale are this package's.
     """
     count = counts.to(torch.float32)
     effective = count

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SCALE_NUMBERS: Final = 4
+"""Numbers a table in :attr:`TableScales.totals`."""
 
 
 class TableScales:
     r"""Root mean square of the gradient with respect to a looked-up row, for each table.
 
-    .. math:: s_t = \sqrt{\mathrm{mean}_{l, d} \left(\partial L / \partial x_{l,d}\right)^2}
+    .. math::
+        s_t^2 = \frac{L_{n-1}}{O_{n-1}}\, O_n
 
-    over all lookups ``l`` of the table so far and all its columns ``d``, where :math:`x_l` is the
-    row as lookup ``l`` read it and ``L`` the mean loss of the global batch. For a bag this is the
+    :math:`L_n` is the mean square, over the first ``n`` steps, of the gradient with respect to the
+    row as each lookup read it, over all lookups of the table and its columns; for a bag that is the
     gradient of the pooled output times the lookup's weight (``1/length`` under mean pooling).
+    :math:`O_n` is that of the gradient of the module's output, over all samples and the table's
+    columns. Gradients are those of the mean loss of the global batch.
 
-    Every shard adds what it saw of its own rows and columns; their sum over the ranks does not
-    depend on the sharding plan. So that no device waits for it, the sum of one step is exchanged
-    while the next one runs: in step ``n`` the scale is that of the first ``n - 1`` steps. A table
-    whose gradients have never been seen has no scale yet, and its first step updates no row.
+    The output's gradient is known before any table is updated, so the scale follows this step's:
+    where a step too large has blown up the gradients, the next one is divided by them. What the
+    lookups make of it changes slowly and may lag; before it is known the ratio is 1.
+
+    Every rank adds what it saw: of the lookups its own rows and columns, of the outputs its own
+    samples. The sums over the ranks do not depend on the sharding plan. No device waits for those
+    of the lookups, which are exchanged while the next step runs.
 
     Args:
         tables: how many, in the same order on every rank.
@@ -33,28 +44,30 @@ class TableScales:
         device: torch.device | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._totals = torch.zeros(tables, 2, dtype=torch.float64, device=device)
-        self._pending = torch.zeros_like(self._totals)
-        self._exchanged: tuple[Tensor, dist.Work | None] | None = None
+        self._totals = torch.zeros(tables, SCALE_NUMBERS, dtype=torch.float64, device=device)
+        self._lookups = self._totals.new_zeros(tables, 2)
+        self._outputs = self._totals.new_zeros(tables, 2)
+        self._lookups_exchange: tuple[Tensor, dist.Work | None] | None = None
+        self._outputs_exchanges: list[tuple[Tensor, dist.Work | None]] = []
         distributed = process_group is not None and process_group.size() > 1
         self._group = process_group if distributed else None
 
     @property
     def totals(self) -> Tensor:
-        """float64 [tables, 2]: sum of squares, and number of gradient elements, so far.
+        """float64 [tables, 4]: sums of squares and numbers of elements so far, of lookups, outputs.
 
-        Of all that was exchanged; may be written.
+        Of all steps that have ended; may be written.
         """
-        if self._exchanged is not None:
-            step_T2, work = self._exchanged
-            self._exchanged = None
+        if self._lookups_exchange is not None:
+            step_T2, work = self._lookups_exchange
+            self._lookups_exchange = None
             if work is not None:
                 # On a GPU this makes the stream wait, not the host.
                 work.wait()
-            self._totals += step_T2
+            self._totals.narrow(1, 0, 2).add_(step_T2)
         return self._totals
 
-    def add(self, tables_F: Tensor, squares_F: Tensor, elements_F: Tensor) -> None:
+    def add_lookups(self, tables_F: Tensor, squares_F: Tensor, elements_F: Tensor) -> None:
         """Adds what a shard saw in one backward.
 
         Args:
@@ -63,23 +76,53 @@ class TableScales:
             elements_F: [features] number of those elements.
         """
         step_F2 = torch.stack((squares_F.to(torch.float64), elements_F.to(torch.float64)), dim=1)
-        self._pending.index_add_(0, tables_F, step_F2)
+        self._lookups.index_add_(0, tables_F, step_F2)
 
-    def exchange(self) -> None:
-        """Starts to sum over the ranks what was added since the last call; does not wait.
+    def add_outputs(self, tables_F: Tensor, squares_F: Tensor, elements_F: Tensor) -> None:
+        """As :meth:`add_lookups`, of this rank's outputs, and starts to sum them over the ranks.
 
         All ranks must call it equally often, in the same order with other collectives.
         """
-        _ = self.totals
-        step_T2, self._pending = self._pending, torch.zeros_like(self._pending)
-        work = None
-        if self._group is not None:
-            work = dist.all_reduce(step_T2, group=self._group, async_op=True)
-        self._exchanged = (step_T2, work)
+        step_F2 = torch.stack((squares_F.to(torch.float64), elements_F.to(torch.float64)), dim=1)
+        step_T2 = torch.zeros_like(self._outputs).index_add_(0, tables_F, step_F2)
+        self._outputs_exchanges.append((step_T2, self._sum_over_ranks(step_T2)))
+
+    def end_step(self) -> None:
+        """Ends a step: starts to sum over the ranks what the lookups added; does not wait.
+
+        All ranks must call it equally often, in the same order with other collectives.
+        """
+        totals = self.totals
+        self._wait_for_outputs()
+        totals.narrow(1, 2, 2).add_(self._outputs)
+        self._outputs.zero_()
+        step_T2, self._lookups = self._lookups, torch.zeros_like(self._lookups)
+        self._lookups_exchange = (step_T2, self._sum_over_ranks(step_T2))
 
     def inverse(self) -> Tensor:
         """float32 [tables], ``1 / s_t``; 0 for a table without a gradient so far."""
-        squares_T, elements_T = self.totals.unbind(dim=1)
-        known_T = squares_T > 0
-        inverse_T = (elements_T / squares_T.where(known_T, squares_T.new_ones(()))).sqrt_()
-        return (inverse_T * known_T).to(torch.float32)
+        lookups_T2, outputs_T2 = self.totals.split(2, dim=1)
+        self._wait_for_outputs()
+        now_T2 = outputs_T2 + self._outputs
+        known_T = (lookups_T2.select(1, 0) > 0) & (outputs_T2.select(1, 0) > 0)
+        ratio_T = _mean(lookups_T2) / _mean(outputs_T2)
+        ratio_T = ratio_T.where(known_T, ratio_T.new_ones(()))
+        inverse_T = (ratio_T * _mean(now_T2)).rsqrt_()
+        return inverse_T.where(now_T2.select(1, 0) > 0, ratio_T.new_zeros(())).to(torch.float32)
+
+    def _wait_for_outputs(self) -> None:
+        for step_T2, work in self._outputs_exchanges:
+            if work is not None:
+                work.wait()
+            self._outputs += step_T2
+        self._outputs_exchanges.clear()
+
+    def _sum_over_ranks(self, values: Tensor) -> dist.Work | None:
+        if self._group is None:
+            return None
+        work: dist.Work | None = dist.all_reduce(values, group=self._group, async_op=True)
+        return work
+
+
+def _mean(sums_T2: Tensor) -> Tensor:
+    return sums_T2.select(1, 0) / sums_T2.select(1, 1)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import register_multi_grad_hook
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.group import TableGroup
+from torchrec_freq.group import TableGroup, bag_squares
 from torchrec_freq.row_state import RowShard, RowState
-from torchrec_freq.scale import TableScales
+from torchrec_freq.scale import SCALE_NUMBERS, TableScales
 
 ROW_COUNTER: Final = "row_counter"
 ROW_COUNTER_STEPS: Final = "row_counter_steps"
@@ -31,6 +32,21 @@ class Table:
     name: str
     rows: int
     config: FrequencyConfig
+    outputs: tuple[str, ...]
+    """What the module's output calls the features of the table."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of a module's output.
+
+    Attributes:
+        names: of its features.
+        dims: columns of each; they lie side by side.
+    """
+
+    names: tuple[str, ...]
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class TableState:
         counts: int64 [rows], on the CPU.
         steps: int64 [2]: the number of steps that the counts stand for, and the steps since they
             were last halved.
-        scale: float64 [2]: sum of squares of the gradient elements so far, and their number.
+        scale: float64 [4]: the row of ``TableScales.totals``.
     """
 
     counts: Tensor
@@ -80,6 +96,10 @@ class FrequencyTables:
         self.shards: list[LocalShard] = []
         self.scales = TableScales(len(self.tables))
         self._normalized = any(table.config.normalize for table in tables)
+        self._table_of_output = {
+            output: index for index, table in enumerate(tables) for output in table.outputs
+        }
+        self._layouts: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._last_backward = -1
         self.moving = False
 
@@ -87,6 +107,11 @@ class FrequencyTables:
     def rank(self) -> int:
         """This rank in the process group, 0 without one."""
         return 0 if self.process_group is None else self.process_group.rank()
+
+    @property
+    def ranks(self) -> int:
+        """Ranks in the process group, 1 without one."""
+        return 1 if self.process_group is None else self.process_group.size()
 
     def attach(self, shards: Sequence[LocalShard], device: torch.device | None) -> None:
         """Takes over this rank's shards, freshly made, and joins their gradient scales.
@@ -104,28 +129,69 @@ class FrequencyTables:
             mine = sorted((s for s in shards if id(s.group) == key), key=lambda s: s.index)
             group.share_scales(self.scales, [position[shard.table] for shard in mine])
 
-    def watch(self, outputs: Iterable[Tensor]) -> None:
-        """Lets each backward through the module's outputs end with an exchange of the scales.
+    def watch(self, outputs: Sequence[tuple[Tensor, Output]], factor: float) -> None:
+        """Lets each backward through the module's outputs begin and end a step of the scales.
 
         All ranks have outputs, also those without a shard, so all of them exchange.
-        """
-        if self._normalized:
-            for output in outputs:
-                if output.requires_grad:
-                    output.register_hook(self._on_output_grad)
 
-    def _on_output_grad(self, grad: Tensor) -> None:
-        # A number of its own for each backward: one exchange, however many outputs it comes from.
+        Args:
+            outputs: [samples or lookups, columns] tensors, and what is in them.
+            factor: what turns a gradient of this rank's loss into one of the global batch's.
+        """
+        watched = [(values, output) for values, output in outputs if values.requires_grad]
+        if not self._normalized or not watched:
+            return
+        tensors, parts = zip(*watched, strict=True)
+
+        # These run before any table's update: backward goes through what is after the module first.
+        # They must not hold the tensors, which hold them.
+        if len(tensors) == 1:
+            tensors[0].register_hook(lambda grad: self._on_output_grads(parts, [grad], factor))
+            return
+
+        def on_grads(grads: Sequence[Tensor | None]) -> None:
+            handle.remove()  # torch's own hook holds them
+            self._on_output_grads(parts, grads, factor)
+
+        handle = register_multi_grad_hook(tensors, on_grads)
+
+    @torch.no_grad()
+    def _on_output_grads(
+        self, outputs: Sequence[Output], grads: Sequence[Tensor | None], factor: float
+    ) -> None:
+        measured = [
+            self._measure(output, grad)
+            for output, grad in zip(outputs, grads, strict=True)
+            if grad is not None
+        ]
+        if measured:
+            tables, squares, elements = (torch.cat(parts) for parts in zip(*measured, strict=True))
+            self.scales.add_outputs(tables, squares * factor**2, elements)
+        # A number of its own for each backward, which may come through several outputs.
         backward = torch._C._current_graph_task_id()
         if backward != self._last_backward:
             self._last_backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self.scales.exchange)
+            torch.autograd.Variable._execution_engine.queue_callback(self.scales.end_step)
+
+    def _measure(self, output: Output, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each feature of our tables: table, sum of squares, number of elements."""
+        if output.names not in self._layouts:
+            tables = [self._table_of_output.get(name, -1) for name in output.names]
+            ours = [position for position, table in enumerate(tables) if table >= 0]
+            layout = (ours, [tables[i] for i in ours], [output.dims[i] for i in ours])
+            positions, ours_tables, dims = (
+                torch.tensor(part, dtype=torch.int64, device=grad.device) for part in layout
+            )
+            self._layouts[output.names] = positions, ours_tables, dims
+        positions, tables_F, dims_F = self._layouts[output.names]
+        squares_F = bag_squares(grad, output.dims).sum(dim=1, dtype=torch.float64)
+        return tables_F, squares_F.index_select(0, positions), dims_F * grad.shape[0]
 
     def read(self, name: str) -> TableState:
         """State of a whole table, the same on every rank. All ranks must call it."""
         counts_R = torch.zeros(self.tables[name].rows, dtype=torch.int64)
         steps = torch.zeros(2, dtype=torch.int64)
-        scale = torch.zeros(2, dtype=torch.float64)
+        scale = torch.zeros(SCALE_NUMBERS, dtype=torch.float64)
         for shard in self._shards_of(name):
             steps, scale = self.shard_steps(shard).clone(), self.scale(name).cpu()
             if shard.primary:
@@ -161,7 +227,7 @@ class FrequencyTables:
         return torch.from_numpy(shard.group.counters.steps[shard.index])
 
     def scale(self, name: str) -> Tensor:
-        """float64 [2] view on the device: sum of squares and number of gradient elements."""
+        """float64 [4] view on the device: a row of ``TableScales.totals``."""
         return self.scales.totals[list(self.tables).index(name)]
 
     def state_dict(self, name: str) -> dict[str, Tensor]:

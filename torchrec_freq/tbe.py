@@ -16,6 +16,7 @@ step 2 scales instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -43,6 +44,22 @@ def mean_pooling_weights(offsets: Tensor, weights_L: Tensor | None, lookups: int
     inverse_B = lengths_B.clamp(min=1).to(torch.float32).reciprocal_()
     inverse_L = torch.repeat_interleave(inverse_B, lengths_B, output_size=lookups)
     return inverse_L if weights_L is None else weights_L * inverse_L
+
+
+def before_backward(output: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """Calls ``hook`` with the gradient of a TBE's output; what it returns replaces the gradient.
+
+    Unlike a hook of the tensor it runs after all hooks of the tensor, whenever those were added:
+    the output may also be that of the whole module, whose hook must come first.
+    """
+    node = output.grad_fn
+    assert node is not None and output.output_nr == 0
+
+    def prehook(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        replaced = hook(grads[0])
+        return None if replaced is None else (replaced, *grads[1:])
+
+    node.register_prehook(prehook)
 
 
 class GroupedTBE:
@@ -192,7 +209,7 @@ class FrequencyTBE(GroupedTBE, SplitTableBatchedEmbeddingBagsCodegen):
                 update.weights_L,
                 variable_batch(self._vbe_metadata, batch_size_per_feature_per_rank),
             )
-            output.register_hook(update.on_output_grad)
+            before_backward(output, update.on_output_grad)
         return output
 
     def reset_embedding_weight_momentum(
