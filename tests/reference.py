@@ -35,7 +35,7 @@ class ReferenceTable:
     count: str = "samples"
     min_count: float = 10
     half_life: int | None = None
-    coherence: float = 0.05
+    coherence: float = 0.03
     normalize: str | None = "table"
     counts: Counter[int] = field(default_factory=Counter)
     steps: int = 0

@@ -11,7 +11,7 @@ CountMode = Literal["samples", "batches", "frozen"]
 Normalize = Literal["table"]
 
 COUNT_MODES: Final = ("samples", "batches", "frozen")
-DEFAULT_COHERENCE: Final = 0.05
+DEFAULT_COHERENCE: Final = 0.03
 DEFAULT_MIN_COUNT: Final = 10
 
 
