@@ -8,7 +8,7 @@ STACK  ?=
 FBGEMM ?=
 # Empty: pip says what it does.
 QUIET  ?= -qq
-# Processes of the demo and the benchmark (one a GPU, two without), and their arguments, such as
+# Processes of demo and benchmark (one a GPU, two without). Arguments of demo, study and benchmark:
 # ARGS="--epochs 1".
 RANKS  ?= $(shell $(PY) -c 'import torch; print(torch.cuda.device_count() or 2)')
 ARGS   ?=
@@ -19,7 +19,7 @@ READY    := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test test-next lint format clean distclean
+.PHONY: help setup demo study study-full bench test test-next lint format clean distclean
 
 # Ranks and test processes share the cores: one OpenMP thread each, or they slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON, VENV, STACK (2.13 or 2.14), FBGEMM (cpu or cuda), QUIET, RANKS, ARGS (of demo and bench)"
+	@echo "Variables: PYTHON, VENV, STACK (2.13 or 2.14), FBGEMM (cpu or cuda), QUIET, RANKS, ARGS (of demo, study and bench)"
 
 setup: $(READY)  ## create .venv with torch, FBGEMM, TorchRec and this package (once; again: make -B setup)
 
@@ -57,6 +57,12 @@ $(READY): pyproject.toml Makefile $(VERSIONS) .ci/fbgemm-cpu/setup.py
 
 demo: setup  ## train a sharded DLRM on MovieLens-100K with three optimizers
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m examples.dlrm $(ARGS)
+
+study: setup  ## compare optimizers: the main table, some ten minutes
+	@$(PY) -m examples.study quick $(ARGS)
+
+study-full: setup  ## all of the study, about an hour
+	@$(PY) -m examples.study full $(ARGS)
 
 bench: setup  ## time a step with FrequencySGD beside other optimizers
 	@$(PY) -m examples.bench tbe $(ARGS)

@@ -1,0 +1,43 @@
+"""Runs the study and writes its tables and plots.
+
+    python -m examples.study quick     some minutes: the main comparison
+    python -m examples.study full      all experiments
+    python -m examples.study report    tables and plots of what has been run so far
+
+A run that has its line in results.jsonl is not run again, so a study that was cut off goes on where
+it was; delete the file after a change to an optimizer. Data sets other than MovieLens-100K and the
+synthetic ones are used if they are in the data folder: ml-1m (as published) and criteo (day_*.npy
+files or the original TSV files, a file a day, at least two). Under torchrun every model is sharded
+over all ranks; otherwise each of --workers processes trains its own models on one rank.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from examples.study import report
+from examples.study.config import EXPERIMENTS
+from examples.study.results import Results
+from examples.study.runner import run_all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=[*EXPERIMENTS, "report"])
+    parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the data sets")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study"), help="folder of the results"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    args = parser.parse_args()
+    results = Results(args.out / "results.jsonl")
+    if args.command != "report":
+        run_all(EXPERIMENTS[args.command], results, args.data, args.workers)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(report.write(results, args.out))
+
+
+if __name__ == "__main__":
+    main()
