@@ -67,6 +67,7 @@ class RowCounters:
         self.steps = numpy.zeros((tables, 2), dtype=numpy.int64)
         self.device_steps = torch.zeros(tables, dtype=torch.int64, device=device)
         self._on_device = [0] * tables
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
         # Counts may be loaded behind our back, and then be as large as that.
         self._bound = COUNT_CEILING
 
@@ -77,6 +78,12 @@ class RowCounters:
     def saturated(self, index: int) -> Tensor:
         """int32 [rows] copy of the counts of table ``index``."""
         return self.table(index).clamp(max=COUNT_CEILING)
+
+    @property
+    def common_steps(self) -> int | None:
+        """Steps of every table, where they are equal; they differ once counts were loaded."""
+        steps = self._on_device[0]
+        return steps if all(other == steps for other in self._on_device) else None
 
     def begin_step(self, mode: CountMode) -> None:
         """Starts a step of all tables, before :meth:`add`.
@@ -122,8 +129,7 @@ class RowCounters:
             self._bound = COUNT_CEILING
         self._bound += most
         if mode == "samples":
-            ones_L = torch.ones_like(rows_L, dtype=torch.int32)
-            self.counts.index_add_(0, rows_L, ones_L)
+            self.counts.index_add_(0, rows_L, self._one.expand(rows_L.numel()))
         else:
             # Equal rows write equal values, so the order of the writes does not matter.
             self.counts.index_put_((rows_L,), self.counts.index_select(0, rows_L) + 1)

@@ -80,6 +80,7 @@ class TableGroup:
         self.feature_table_map = list(feature_table_map)
         self.dims = [dims[table] for table in feature_table_map]
         first_rows = [sum(rows[:table]) for table in feature_table_map]
+        self._feature_F = torch.arange(len(self.dims), device=device)
         self._table_F = torch.tensor(self.feature_table_map, dtype=torch.int64, device=device)
         self._scale_F = self._table_F
         self._scale_of_table = torch.arange(len(rows), device=device)
@@ -102,14 +103,14 @@ class TableGroup:
     def feature_of_lookup(self, batch: Batch) -> Tensor:
         """int64 [lookups], ascending."""
         return torch.repeat_interleave(
-            torch.arange(len(self.dims), device=batch.offsets.device),
+            self._feature_F,
             self._lookups_of_feature(batch),
             output_size=batch.indices.numel(),
         )
 
     def rows_of_lookup(self, batch: Batch, feature_L: Tensor) -> Tensor:
         """int64 [lookups], positions in ``counters.counts``."""
-        return batch.indices.to(torch.int64) + self._first_row_F.index_select(0, feature_L)
+        return self._first_row_F.index_select(0, feature_L).add_(batch.indices)
 
     def inverse_scales(self) -> Tensor:
         """float32 [tables], ``1 / s_t``."""
@@ -141,15 +142,18 @@ class TableGroup:
             feature_L = self.feature_of_lookup(batch)
             rows_L = self.rows_of_lookup(batch, feature_L)
             counters.add(rows_L, config.count)
-            steps_L = inverse_L = None
+            steps: Tensor | int | None = None
+            inverse_L = None
             if config.coherence:
-                steps_F = counters.device_steps.index_select(0, self._table_F)
-                steps_L = steps_F.index_select(0, feature_L)
+                steps = counters.common_steps
+                if steps is None:
+                    steps_F = counters.device_steps.index_select(0, self._table_F)
+                    steps = steps_F.index_select(0, feature_L)
             if config.normalize is not None:
                 self.measure(batch, feature_L, grad)
                 inverse_F = self.inverse_scales().index_select(0, self._table_F)
                 inverse_L = inverse_F.index_select(0, feature_L)
-            multiplier_L = row_multiplier(config, counters.gather(rows_L), steps_L, inverse_L)
+            multiplier_L = row_multiplier(config, counters.gather(rows_L), steps, inverse_L)
         counters.end_step(config.half_life)
         if self._owns_scales:
             self.scales.end_step()
@@ -165,22 +169,26 @@ class TableGroup:
         if self.pooled:
             squares_B = self._bag_squares(batch, grad)
             if self._owns_scales:
-                outputs_F = self._sum_by_feature(batch, torch.ones_like(squares_B))
-                outputs_squares_F = self._sum_by_feature(batch, squares_B)
-                self.scales.add_outputs(self._scale_F, outputs_squares_F, outputs_F * self._dim_F)
+                self.scales.add_outputs(
+                    self._scale_F,
+                    self._sum_by_feature(batch, squares_B),
+                    self._sum_by_feature(batch, torch.ones_like(squares_B)) * self._dim_F,
+                )
             if batch.weights_L is None:
-                squares_B = squares_B * batch.offsets.diff()
+                lookups_B = batch.offsets.diff()
             else:
-                squares_B = squares_B * torch.ops.fbgemm.segment_sum_csr(
+                lookups_B = torch.ops.fbgemm.segment_sum_csr(
                     1, batch.offsets, batch.weights_L.square()
                 )
-            squares_F = self._sum_by_feature(batch, squares_B)
+            squares_F = self._sum_by_feature(batch, squares_B * lookups_B.view_as(squares_B))
         else:
             squares_L = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square_()
             squares_F = squares_L.new_zeros(len(self.dims)).index_add_(0, feature_L, squares_L)
             if self._owns_scales:
                 self.scales.add_outputs(self._scale_F, squares_F, lengths_F * self._dim_F)
-        self.scales.add_lookups(self._scale_F, squares_F * factor**2, lengths_F * self._dim_F)
+        if factor != 1:
+            squares_F = squares_F * factor**2
+        self.scales.add_lookups(self._scale_F, squares_F, lengths_F * self._dim_F)
 
     def _lookups_of_feature(self, batch: Batch) -> Tensor:
         """[features], of the type of ``offsets``."""
@@ -191,17 +199,21 @@ class TableGroup:
         return batch.offsets.index_select(0, ends_F).diff(prepend=batch.offsets.narrow(0, 0, 1))
 
     def _sum_by_feature(self, batch: Batch, values_B: Tensor) -> Tensor:
-        """[features], sums of [bags] values."""
+        """[features], sums of values of the shape of :meth:`_bag_squares`."""
         if batch.variable is None:
-            return values_B.view(len(self.dims), -1).sum(dim=1)
+            return values_B.sum(dim=1)
         parts = values_B.split([sum(sizes) for sizes in batch.variable.sizes])
         return torch.stack([part.sum() for part in parts])
 
     def _bag_squares(self, batch: Batch, grad: Tensor) -> Tensor:
-        """float32 [bags], sum over the columns of the squared gradient of each bag's output."""
+        """Sum over the columns of the squared gradient of each bag's output.
+
+        Returns:
+            float32 [features, batch], or [bags] of a variable batch.
+        """
         variable = batch.variable
         if variable is None:
-            return bag_squares(grad, self.dims).flatten()
+            return bag_squares(grad, self.dims)
         # Bags lie feature-major, their outputs rank-major.
         sizes_FR = variable.starts_FR.diff(dim=1)
         features, ranks = sizes_FR.shape

@@ -15,7 +15,7 @@ from torchrec_freq.config import FrequencyConfig
 def row_multiplier(
     config: FrequencyConfig,
     counts: Tensor,
-    steps: Tensor | None = None,
+    steps: Tensor | int | None = None,
     inverse_scale: Tensor | None = None,
 ) -> Tensor:
     r"""Learning rate of rows as a multiple of ``lr``, elementwise.
@@ -32,8 +32,9 @@ def row_multiplier(
     Args:
         config: the rule's constants.
         counts: [...] occurrences of the row so far, this step included (:math:`c_i`), any dtype.
-        steps: [...] steps of the row's table so far, this one included (:math:`n \ge 1`).
-            Not used, and may be None, where ``config.coherence`` is 0.
+        steps: [...] steps of the row's table so far, this one included (:math:`n \ge 1`); or a
+            number, where it is that of all rows. Not used, and may be None, where
+            ``config.coherence`` is 0.
         inverse_scale: [...] :math:`1 / s_t` of the row's table, 0 while the scale is not known.
             Not used, and may be None, where ``config.normalize`` is None.
 
@@ -45,15 +46,15 @@ def row_multiplier(
         FA-SGD) of Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable
         Benefits", ICLR 2022. Coherence and table scale are this package's.
     """
-    count = counts.to(torch.float32)
-    effective = count
+    # Temporaries are written over: at the end of a table's counts they are what a step takes.
+    effective = counts.to(torch.float32, copy=True)
     if config.coherence:
         if steps is None:
             raise ValueError("row_multiplier needs steps where coherence is not 0")
-        effective = count * (1 + config.coherence * (count / steps))
-    multiplier = effective.clamp(min=config.min_count).rsqrt_()
+        effective.mul_((effective / steps).mul_(config.coherence).add_(1))
+    multiplier = effective.clamp_(min=config.min_count).rsqrt_()
     if config.normalize is not None:
         if inverse_scale is None:
             raise ValueError("row_multiplier needs inverse_scale where normalize is not None")
-        multiplier = multiplier * inverse_scale
+        multiplier.mul_(inverse_scale)
     return multiplier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -47,6 +48,7 @@ class TableScales:
         self._totals = torch.zeros(tables, SCALE_NUMBERS, dtype=torch.float64, device=device)
         self._lookups = self._totals.new_zeros(tables, 2)
         self._outputs = self._totals.new_zeros(tables, 2)
+        self._one = self._totals.new_ones(())
         self._lookups_exchange: tuple[Tensor, dist.Work | None] | None = None
         self._outputs_exchanges: list[tuple[Tensor, dist.Work | None]] = []
         distributed = process_group is not None and process_group.size() > 1
@@ -101,14 +103,15 @@ class TableScales:
 
     def inverse(self) -> Tensor:
         """float32 [tables], ``1 / s_t``; 0 for a table without a gradient so far."""
-        lookups_T2, outputs_T2 = self.totals.split(2, dim=1)
+        totals_T4 = self.totals
         self._wait_for_outputs()
-        now_T2 = outputs_T2 + self._outputs
-        known_T = (lookups_T2.select(1, 0) > 0) & (outputs_T2.select(1, 0) > 0)
-        ratio_T = _mean(lookups_T2) / _mean(outputs_T2)
-        ratio_T = ratio_T.where(known_T, ratio_T.new_ones(()))
-        inverse_T = (ratio_T * _mean(now_T2)).rsqrt_()
-        return inverse_T.where(now_T2.select(1, 0) > 0, ratio_T.new_zeros(())).to(torch.float32)
+        lookups_T, outputs_T = _mean(totals_T4.view(-1, 2, 2)).unbind(dim=1)
+        now_T = _mean(totals_T4.narrow(1, 2, 2) + self._outputs)
+        # What is not known yet is 0 / 0, or a quotient with 0.
+        ratio_T = lookups_T / outputs_T
+        ratio_T = ratio_T.where((ratio_T > 0) & (ratio_T < math.inf), self._one)
+        inverse_T = ratio_T.mul_(now_T).rsqrt_()
+        return inverse_T.nan_to_num_(nan=0.0, posinf=0.0).to(torch.float32)
 
     def _wait_for_outputs(self) -> None:
         for step_T2, work in self._outputs_exchanges:
@@ -124,5 +127,6 @@ class TableScales:
         return work
 
 
-def _mean(sums_T2: Tensor) -> Tensor:
-    return sums_T2.select(1, 0) / sums_T2.select(1, 1)
+def _mean(sums: Tensor) -> Tensor:
+    """[...] of [..., 2]: sum over number."""
+    return sums.select(-1, 0) / sums.select(-1, 1)

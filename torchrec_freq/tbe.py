@@ -162,6 +162,8 @@ class FrequencyTBE(GroupedTBE, SplitTableBatchedEmbeddingBagsCodegen):
             len(self.feature_table_map), dtype=torch.int32, device=self.current_device
         )
 
+        self._ones = torch.ones(0, device=self.current_device)
+
     @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
         self,
@@ -178,15 +180,15 @@ class FrequencyTBE(GroupedTBE, SplitTableBatchedEmbeddingBagsCodegen):
         if weights_L is not None:
             # FBGEMM does so too, but on a copy that the hook would not recognise.
             weights_L = weights_L.to(torch.float32).contiguous()
-        weights_L = self._pooling_weights(indices, offsets, weights_L)
+        weights_L = given_L = self._pooling_weights(indices, offsets, weights_L)
         # An empty tensor has no address to be recognised by, and without pooling there are none.
         hooked = torch.is_grad_enabled() and lookups > 0 and not self.is_nobag
         if hooked:
             if weights_L is None:
-                weights_L = torch.ones(lookups, dtype=torch.float32, device=indices.device)
+                weights_L = self._ones_L(lookups)
             if feature_requires_grad is None and not weights_L.requires_grad:
                 feature_requires_grad = self._no_weight_grad
-        update = _Update(self.group, weights_L if hooked else None)
+        update = _Update(self.group, weights_L if hooked else None, unweighted=given_L is None)
         with torch.autograd.graph.saved_tensors_hooks(update.pack, update.unpack):
             output: Tensor = super().forward(
                 indices,
@@ -206,11 +208,17 @@ class FrequencyTBE(GroupedTBE, SplitTableBatchedEmbeddingBagsCodegen):
             update.batch = Batch(
                 self._indices,
                 self._offsets,
-                update.weights_L,
+                None if given_L is None else given_L.detach(),
                 variable_batch(self._vbe_metadata, batch_size_per_feature_per_rank),
             )
             before_backward(output, update.on_output_grad)
         return output
+
+    def _ones_L(self, lookups: int) -> Tensor:
+        """[lookups] ones; a part of those of the largest batch so far, which are only read."""
+        if self._ones.numel() < lookups:
+            self._ones = torch.ones(lookups, dtype=torch.float32, device=self.current_device)
+        return self._ones.narrow(0, 0, lookups)
 
     def reset_embedding_weight_momentum(
         self,
@@ -241,8 +249,9 @@ class _Update:
 
     batch: Batch
 
-    def __init__(self, group: TableGroup, weights_L: Tensor | None) -> None:
+    def __init__(self, group: TableGroup, weights_L: Tensor | None, unweighted: bool) -> None:
         self.group = group
+        self.unweighted = unweighted
         self.weights_L = None if weights_L is None else weights_L.detach()
         self.packed = 0
         self.multiplier_L: Tensor | None = None
@@ -268,7 +277,7 @@ class _Update:
                 "FBGEMM's backward ran before the hook on its output: this version of torch is "
                 "not one that torchrec_freq knows"
             )
-        return self.weights_L * self.multiplier_L
+        return self.multiplier_L if self.unweighted else self.weights_L * self.multiplier_L
 
     @torch.no_grad()
     def on_output_grad(self, grad: Tensor) -> Tensor | None:
