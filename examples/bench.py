@@ -36,6 +36,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints
@@ -130,7 +131,9 @@ class Result:
         ratio: quartiles of step time over that of SGD in the same turn.
         ms: median.
         state_bytes: of the optimizer, a row.
-        peak_bytes: most memory that a step takes besides what is there before; None where unknown.
+        peak_bytes: most memory that a step takes besides what is there before.
+        operators: torch operators of a step that are no mere views, each a kernel launch on a GPU;
+            those inside FBGEMM's and DDP's own operators are not seen.
     """
 
     workload: str
@@ -141,13 +144,14 @@ class Result:
     ratio: list[float]
     ms: float
     state_bytes: float
-    peak_bytes: int | None
+    peak_bytes: int
+    operators: int
 
 
 def measure(
     steps: dict[str, Step], device: torch.device, turns: int, warm_up: int = 4
-) -> dict[str, tuple[list[float], float, int | None]]:
-    """Quartiles of the ratio to ``BASE``, median ms, and peak bytes of each kind of step."""
+) -> dict[str, tuple[list[float], float, int, int]]:
+    """Quartiles of the ratio to ``BASE``, median ms, peak bytes and operators of each step."""
     order, rng = list(steps), random.Random(0)
     for turn in range(warm_up):
         for name in order:
@@ -164,6 +168,7 @@ def measure(
             ),
             statistics.median(ms),
             _peak(steps[name], device),
+            _operators(steps[name]),
         )
         for name, ms in taken.items()
     }
@@ -184,7 +189,24 @@ def _time(step: Step, batch: int, device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _peak(step: Step, device: torch.device) -> int | None:
+class _Counter(TorchDispatchMode):
+    """Counts operators that are not views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def _operators(step: Step) -> int:
+    counter = _Counter()
+    with counter:
+        step(0)
+    return counter.count
+
+
+def _peak(step: Step, device: torch.device) -> int:
     """Bytes that a step needs at once, besides those that were allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -192,7 +214,8 @@ def _peak(step: Step, device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         step(0)
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        peak_bytes: int = torch.cuda.max_memory_allocated(device) - before
+        return peak_bytes
     with _quiet(), torch.profiler.profile(profile_memory=True) as profile:
         step(0)
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
@@ -236,9 +259,9 @@ def bench_tbe(shapes: list[Shape], device: torch.device, turns: int) -> list[Res
 
         figures = measure({name: step_of(tbe) for name, tbe in tbes.items()}, device, turns)
         for name, tbe in tbes.items():
-            ratio, ms, peak = figures[name]
+            ratio, ms, *rest = figures[name]
             state = _tbe_state_bytes(tbe) / (shape.tables * shape.rows)
-            results.append(Result("tbe", 1, device.type, shape, name, ratio, ms, state, peak))
+            results.append(Result("tbe", 1, device.type, shape, name, ratio, ms, state, *rest))
     return results
 
 
@@ -317,10 +340,10 @@ def bench_sharded(shape: Shape, device: torch.device, turns: int) -> list[Result
         if rank == 0:
             print(f"{workload} on {ranks} ranks: {turns} turns", flush=True)
         figures = measure(steps, device, turns)
-        for optimizer, (ratio, ms, peak) in figures.items():
+        for optimizer, (ratio, ms, *rest) in figures.items():
             state = _state_bytes(models[optimizer]) / (shape.tables * shape.rows)
             results.append(
-                Result(workload, ranks, device.type, shape, optimizer, ratio, ms, state, peak)
+                Result(workload, ranks, device.type, shape, optimizer, ratio, ms, state, *rest)
             )
     return results
 
@@ -411,28 +434,33 @@ def _state_bytes(model: DistributedModelParallel) -> int:
 def table(results: list[Result]) -> str:
     """Ratios to SGD, a line a workload and shape."""
     optimizers = list(TBE_OPTIMIZERS)
-    columns = ["SGD, ms", *optimizers[1:], "state, bytes a row", "peak of FrequencySGD / SGD"]
     lines = [
-        "| workload, ranks | tables x rows x dim, batch, ids a bag | " + " | ".join(columns) + " |",
-        "|---" * (2 + len(columns)) + "|",
+        "| workload, ranks | tables x rows x dim, batch, ids a bag | SGD, ms | "
+        + " | ".join(optimizers[1:])
+        + " | peak | operators |",
+        "|---" * (len(optimizers) + 4) + "|",
     ]
     for key in dict.fromkeys((r.workload, r.ranks, r.shape) for r in results):
         of = {r.optimizer: r for r in results if (r.workload, r.ranks, r.shape) == key}
         base, ours = of[BASE], of["FrequencySGD"]
-        cells = [f"{base.ms:.2f}"]
+        cells = [f"{key[0]}, {key[1]}", str(key[2]), f"{base.ms:.1f}"]
         for name in optimizers[1:]:
-            if name in of:
-                low, middle, high = of[name].ratio
-                cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-            else:
-                cells.append("")
-        cells.append(" / ".join(f"{of[n].state_bytes:.3g}" for n in optimizers[1:] if n in of))
-        cells.append(
-            f"{ours.peak_bytes / base.peak_bytes:.2f}"
-            if ours.peak_bytes and base.peak_bytes
-            else ""
-        )
-        lines.append(f"| {key[0]}, {key[1]} | {key[2]} | " + " | ".join(cells) + " |")
+            low, middle, high = of[name].ratio if name in of else (0, 0, 0)
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})" if name in of else "")
+        weights = key[2].tables * key[2].rows * key[2].dim * 4 / key[1]
+        state = ours.state_bytes * key[2].tables * key[2].rows / key[1]
+        peak = (weights + state + ours.peak_bytes) / (weights + base.peak_bytes)
+        cells += [f"{peak:.3f}", f"+{ours.operators - base.operators}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    states = {r.optimizer: f"{r.state_bytes:.4g}" for r in results if r.shape.dim == 64}
+    lines += [
+        "",
+        "Median ratio to SGD in a turn (quartiles). Peak: memory of tables, state and step, "
+        "FrequencySGD / SGD. Operators: those that FrequencySGD adds to a step.",
+        "State, bytes a row of 64 columns: "
+        + ", ".join(f"{name} {size}" for name, size in states.items())
+        + ".",
+    ]
     return "\n".join(lines)
 
 
@@ -458,7 +486,8 @@ def plot(results: list[Result], path: Path) -> None:
         panels[1][column].set(yscale="log")
     panels[0][0].set(ylabel="step / step of SGD")
     panels[1][0].set(ylabel="step, ms")
-    panels[0][0].legend()
+    if panels[0][0].lines:
+        panels[0][0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -498,7 +527,7 @@ def main() -> None:
         results = load(args.out)
         print(table(results))
         plot(results, args.out / "bench.png")
-        print(f"\nMedian of the ratio to SGD in a turn (quartiles). Wrote {args.out / 'bench.png'}")
+        print(f"Wrote {args.out / 'bench.png'}")
         return
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if args.what == "tbe":
