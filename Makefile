@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv first, once.
+# On a fresh machine: `make demo`, `make study`, `make test`. Each sets up .venv first, once.
 
 PYTHON ?= python3
 VENV   ?= .venv

@@ -52,8 +52,6 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 # What --search found for SGD and row-wise Adagrad, at the default batch size. FrequencySGD runs at
 # row-wise Adagrad's lr, to show that it carries over; its own best is 0.1, by 0.0003.
 LR = {"FrequencySGD": 0.3, "SGD": 30.0, "RowWiseAdagrad": 0.3}
-LR_GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-SEARCH_SEEDS = 3
 DENSE_LR = 1e-3  # Adam on the dense layers, the same in every arm
 EMBEDDING_DIM = 16
 EVALUATIONS = 4  # points of a learning curve in an epoch
@@ -371,48 +369,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def search(args: argparse.Namespace, data: MovieLens, device: torch.device) -> None:
-    """Chooses each optimizer's lr by its validation AUC after one epoch, the same grid for all."""
-    auc: dict[str, dict[float, list[float]]] = {
-        name: {lr: [] for lr in LR_GRID} for name in args.optimizer
-    }
-    for seed in range(args.seed, args.seed + SEARCH_SEEDS):
-        for lr in LR_GRID:
-            arms = [build(name, lr, seed, data, device) for name in args.optimizer]
-            train(
-                arms,
-                data,
-                {"valid": data.valid},
-                batch_size=args.batch_size,
-                epochs=1,
-                evaluations=1,
-                seed=seed,
-                title=f"lr {lr:g}, seed {seed}",
-            )
-            for arm in arms:
-                auc[arm.optimizer_name][lr].append(arm.curve[-1]["valid"]["auc"])
-    mean = {name: {lr: statistics.mean(v) for lr, v in auc[name].items()} for name in auc}
-    best = {name: max(LR_GRID, key=mean[name].__getitem__) for name in auc}
-    if dist.get_rank() != 0:
-        return
-    print(f"Validation AUC after one epoch, mean of {SEARCH_SEEDS} seeds\n")
-    print(f"| lr | {' | '.join(auc)} |")
-    print("|---" * (1 + len(auc)) + "|")
-    for lr in LR_GRID:
-        cells = [
-            f"**{mean[name][lr]:.4f}**" if lr == best[name] else f"{mean[name][lr]:.4f}"
-            for name in auc
-        ]
-        print(f"| {lr:g} | {' | '.join(cells)} |")
-    for name, lr in best.items():
-        if lr in (LR_GRID[0], LR_GRID[-1]):
-            print(f"\n{name}'s best lr lies at the end of the grid: widen LR_GRID.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "lr_search.json").write_text(
-        json.dumps({"auc": auc, "best": best}, indent=1) + "\n"
-    )
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -428,7 +384,6 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the initial weights and the order (default: 0)")
     add("--limit", type=int, help="use the first so many ratings only")
     add("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
-    add("--search", action="store_true", help="search each optimizer's lr on validation ratings")
     add("--checkpoint-dir", type=Path, help="save here, and resume what is here")
     add(
         "--checkpoint-every",
@@ -443,8 +398,6 @@ def parse_args() -> argparse.Namespace:
         KEEP,
     ):
         parser.error("--checkpoint-every and --keep need --checkpoint-dir.")
-    if args.checkpoint_dir is not None and args.search:
-        parser.error("--search saves no checkpoints: leave out --checkpoint-dir.")
     for name in ("checkpoint_every", "keep"):
         if (value := getattr(args, name)) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
@@ -471,7 +424,7 @@ def main() -> None:
             fetch(DATA)
         dist.barrier()
         data = read(args.data or DATA, args.limit)
-        (search if args.search else compare)(args, data, device)
+        compare(args, data, device)
         dist.barrier()  # no rank leaves while another still talks to it
     finally:
         dist.destroy_process_group()

@@ -278,7 +278,6 @@ def test_other_settings_are_refused(reference: Path, tmp_path: Path) -> None:
         (["--keep", "3"], "need --checkpoint-dir"),
         (["--checkpoint-dir", "c", "--keep", "0"], "--keep must be at least 1, not 0"),
         (["--checkpoint-dir", "c", "--checkpoint-every", "0"], "must be at least 1, not 0"),
-        (["--checkpoint-dir", "c", "--search"], "leave out --checkpoint-dir"),
     ],
 )
 def test_flags_are_refused(

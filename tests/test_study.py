@@ -188,6 +188,9 @@ def test_report_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         FREQUENCY.label,
         *("0.1", "0.13", "0.0300", "0.1100"),
     ]
+    same = report.same_lr_table(report.found_by_setting(results), "1 epoch")
+    assert same[0][3:] == ["0.01", "0.03", "0.1", "0.3", "1"]
+    assert same[2][2:] == ["RowWiseAdagrad", "0.6000", "0.7200", "0.7100", "0.7000", "0.6500"]
     carried = report.carry_over_table(report.found_by_setting(results))[1]
     assert carried[1:] == ["8", "0.03", "1 epoch", "0.7200", "0.7200", "0.7000", "0.0200"]
     assert report.steps_table(arms)[0] == ["optimizer", "step 10", "step 20"]

@@ -88,14 +88,12 @@ _RULES = tuple(
 _DRIFT = (FREQUENCY, Arm("FrequencySGD", {"half_life": 50}), ROWWISE)
 
 QUICK = (
-    Experiment("ml-100k", "FM", (FREQUENCY, ROWWISE, SGD), (1024, 4096)),
-    Experiment("ml-100k", "FM", (FREQUENCY, ROWWISE)),
+    Experiment("ml-100k", "FM", MAIN, (256, 1024, 4096)),
+    Experiment("zipf", "DLRM", MAIN, epochs=2),
 )
 FULL = (
     *QUICK,
     Experiment("ml-100k", "FM", _ALL),
-    Experiment("ml-100k", "FM", (ADAGRAD,), (1024, 4096)),
-    Experiment("zipf", "DLRM", MAIN, epochs=2),
     Experiment("popularity-drift", "DLRM", _DRIFT, (512,), epochs=1),
     Experiment("full-drift", "DLRM", _DRIFT, (512,), epochs=1),
     Experiment("ml-100k", "FM", _RULES, (256, 4096)),

@@ -107,6 +107,26 @@ def lr_table(arms: Mapping[str, Found], when: str) -> Table:
     return table
 
 
+def same_lr_table(settings: Mapping[Setting, Mapping[str, Found]], when: str) -> Table:
+    """Test AUC of FrequencySGD and row-wise Adagrad at each lr that any of them was tried at."""
+    wanted = (FREQUENCY.label, ROWWISE.label)
+    chosen = [
+        (setting, label, arms[label])
+        for setting, arms in settings.items()
+        for label in wanted
+        if label in arms
+    ]
+    exponents = sorted({exponent for _, _, found in chosen for exponent in found.tried})
+    table = [["at lr", "batch", "optimizer", *(f"{lr_at(exponent):g}" for exponent in exponents)]]
+    for (name, batch_size), label, found in chosen:
+        known = [
+            f"{found.auc(when, exponent):.4f}" if exponent in found.tried else ""
+            for exponent in exponents
+        ]
+        table.append([name, str(batch_size), label, *known])
+    return table
+
+
 def carry_over_table(settings: Mapping[Setting, Mapping[str, Found]]) -> Table:
     """FrequencySGD at the lr that is best for row-wise Adagrad at the smallest batch size."""
     head = ["RowWiseAdagrad, own best lr", "at this lr", "FrequencySGD at this lr", "behind"]
@@ -183,7 +203,12 @@ def write(results: Results, folder: Path) -> str:
     if not settings:
         return "No results yet."
     folder.mkdir(parents=True, exist_ok=True)
-    tables = (summary_table(settings), lr_summary_table(settings), carry_over_table(settings))
+    tables = (
+        summary_table(settings),
+        lr_summary_table(settings),
+        same_lr_table(settings, "1 epoch"),
+        carry_over_table(settings),
+    )
     main = [markdown(table) for table in tables]
     (folder / "RESULTS.md").write_text("\n".join(_document(settings, main)))
     plot(settings, "lr.png", folder)
@@ -194,7 +219,7 @@ def write(results: Results, folder: Path) -> str:
 def _document(
     settings: Mapping[Setting, Mapping[str, Found]], main: Sequence[str]
 ) -> Iterator[str]:
-    summary, lr_summary, carried = main
+    summary, lr_summary, same_lr, carried = main
     yield (
         "# Results of the study\n\n"
         "Written by `python -m examples.study report`; `make study-full` makes all of them. Test "
@@ -205,6 +230,7 @@ def _document(
         "## How much the choice of lr matters\n\n"
         "Decades of lr whose validation AUC is within 0.002 of the best, and the test AUC that is "
         f"lost at 3 and 10 times the best lr.\n\n{lr_summary}\n\n![AUC by lr](lr.png)\n\n"
+        f"Test AUC after one epoch at the same lr:\n\n{same_lr}\n\n"
         "## At the lr of row-wise Adagrad\n\n"
         "FrequencySGD at the lr that is best for row-wise Adagrad at the smallest batch size, and "
         f"how far that is behind row-wise Adagrad at its best.\n\n{carried}\n\n"
