@@ -227,7 +227,7 @@ def test_demo(tmp_path: Path) -> None:
 
     png = (tmp_path / "two" / "learning_curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
-    assert "| RowWiseAdagrad | 0.3 | 1" in printed
+    assert "| RowWiseAdagrad | 0.03 | 1" in printed
     assert "samples/s, FrequencySGD=" in printed
 
     # The number of ranks changes the plan, and nothing else.

@@ -32,7 +32,7 @@ from examples.study.results import Results
 from examples.study.sweep import Sweep, lr_at, next_exponents
 from examples.study.train import train
 
-SMALL = Task(days=3, samples=600, rows=(4, 60))
+SMALL = Task(days=3, samples=600, held_out=600, rows=(4, 60))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ class Task:
     Attributes:
         days: files; the last one is held out.
         samples: a day.
+        held_out: samples of the last day, where AUC needs more of them.
         rows: of the smallest and the largest table; the others lie between, evenly in the log.
         zipf: the id of rank r (1, 2, ...) has a probability proportional to r ** -zipf.
         clicks: share of the samples whose label is 1.
@@ -31,6 +32,7 @@ class Task:
 
     days: int = 4
     samples: int = 30_000
+    held_out: int = 30_000
     rows: tuple[int, int] = (10, 10_000)
     zipf: float = 1.1
     clicks: float = 0.25
@@ -50,9 +52,9 @@ class Task:
 
 TASKS = {
     "zipf": Task(),
-    "zipf-rare-clicks": Task(clicks=0.04),
-    "popularity-drift": Task(days=13, samples=10_000, popularity_drift=0.03),
-    "full-drift": Task(days=13, samples=10_000, popularity_drift=0.03, vector_drift=0.1),
+    "zipf-rare-clicks": Task(held_out=60_000, clicks=0.04),
+    "popularity-drift": Task(13, 10_000, 40_000, popularity_drift=0.03),
+    "full-drift": Task(13, 10_000, 40_000, popularity_drift=0.03, vector_drift=0.1),
 }
 
 
@@ -77,12 +79,13 @@ def _write(task: Task, folder: Path) -> None:
     dense_weights = random.normal(size=INT_FEATURE_COUNT)
     scales: tuple[float, ...] = ()
     for day in range(task.days):
-        sparse = np.empty((task.samples, CAT_FEATURE_COUNT), dtype=np.int32)
-        values = np.zeros((task.samples, 1 + task.columns))
-        squares = np.zeros(task.samples)
+        samples = task.samples if day < task.days - 1 else task.held_out
+        sparse = np.empty((samples, CAT_FEATURE_COUNT), dtype=np.int32)
+        values = np.zeros((samples, 1 + task.columns))
+        squares = np.zeros(samples)
         for table, count in enumerate(rows):
             popularity = np.arange(1, count + 1) ** -task.zipf
-            ranks = random.choice(count, task.samples, p=popularity / popularity.sum())
+            ranks = random.choice(count, samples, p=popularity / popularity.sum())
             moved = round(day * task.popularity_drift * count)
             sparse[:, table] = id_of_rank[table][(ranks + moved) % count]
             own = weights[table][sparse[:, table]]
@@ -91,14 +94,14 @@ def _write(task: Task, folder: Path) -> None:
             fresh = random.normal(size=weights[table].shape)
             keep = np.sqrt(1 - task.vector_drift)
             weights[table] = keep * weights[table] + np.sqrt(task.vector_drift) * fresh
-        dense = random.normal(size=(task.samples, INT_FEATURE_COUNT)).astype(np.float32)
+        dense = random.normal(size=(samples, INT_FEATURE_COUNT)).astype(np.float32)
         pairs = (np.square(values[:, 1:]).sum(axis=1) - squares) / 2
         parts = [values[:, 0], pairs, dense @ dense_weights]
         if not scales:  # of the first day, for all days
             sizes = (task.linear, task.pairs, task.dense)
             scales = tuple(size / part.std() for size, part in zip(sizes, parts, strict=True))
         logits = sum(scale * part for scale, part in zip(scales, parts, strict=True))
-        labels = random.random(task.samples) < _sigmoid(logits + _offset(logits, task.clicks))
+        labels = random.random(samples) < _sigmoid(logits + _offset(logits, task.clicks))
         np.save(folder / f"day_{day:02d}_dense.npy", dense)
         np.save(folder / f"day_{day:02d}_sparse.npy", sparse)
         np.save(folder / f"day_{day:02d}_labels.npy", labels.astype(np.int32)[:, None])

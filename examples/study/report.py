@@ -258,6 +258,9 @@ def plot(settings: Mapping[Setting, Mapping[str, Found]], file: str, folder: Pat
     )
     for panel in panels.flat[len(settings) :]:
         panel.axis("off")
+    labels = dict.fromkeys(label for arms in settings.values() for label in arms)
+    colours = {label: f"C{number}" for number, label in enumerate(labels)}
+    lines_by_label: dict[str, Any] = {}
     for panel, ((name, batch_size), arms) in zip(panels.flat, settings.items(), strict=False):
         best = 0.0
         for label, found in arms.items():
@@ -268,7 +271,10 @@ def plot(settings: Mapping[Setting, Mapping[str, Found]], file: str, folder: Pat
                 curve = mean_curve(found.tried[found.best("1 epoch")])
                 x, y = list(curve), list(curve.values())
             best = max(best, *y)
-            panel.plot(x, y, marker=".", label=label)
+            # After ten colours they repeat, with another line.
+            style = "-" if list(colours).index(label) < 10 else "--"
+            (line,) = panel.plot(x, y, style, marker=".", color=colours[label])
+            lines_by_label[label] = line
         if file == "lr.png":
             panel.set(xscale="log", xlabel="lr", ylabel="test AUC, 1 epoch")
             panel.set_ylim(best - 0.06, best + 0.005)
@@ -277,7 +283,9 @@ def plot(settings: Mapping[Setting, Mapping[str, Found]], file: str, folder: Pat
             panel.set_ylim(best - 0.04, best + 0.003)
         panel.set_title(f"{name}, batch {batch_size}", fontsize="medium")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
+    figure.legend(
+        lines_by_label.values(), lines_by_label.keys(), loc="outside lower center", ncols=2
+    )
     figure.savefig(folder / file, dpi=90)
     pyplot.close(figure)
 
