@@ -62,7 +62,7 @@ study: setup  ## compare optimizers: the main table, some ten minutes
 	@$(PY) -m examples.study quick $(ARGS)
 
 study-full: setup  ## all of the study, about an hour
-	@$(PY) -m examples.study full $(ARGS)
+	@$(PY) -m examples.study full --tables examples/study $(ARGS)
 
 bench: setup  ## time a step with FrequencySGD beside other optimizers
 	@$(PY) -m examples.bench tbe $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import on_ranks, run_on_ranks
 from test_demo import write_recbole
 
 from examples.study import planted, report, runner
@@ -29,7 +30,7 @@ from examples.study.config import (
 from examples.study.data import Criteo, convert_tsv, load
 from examples.study.planted import Task
 from examples.study.results import Results
-from examples.study.sweep import Sweep, lr_at, next_exponents
+from examples.study.sweep import Sweep, lr_at, mean_auc, next_exponents
 from examples.study.train import train
 
 SMALL = Task(days=3, samples=600, held_out=600, rows=(4, 60))
@@ -261,6 +262,17 @@ def same_curves(folder: Path, model: str) -> None:
     other = train(Run("ml-100k", model, SGD, 0.0, 32, 1, 6), folder)["curve"]
     assert other != curves[0], "the seed changes nothing"
     assert train(Run("ml-100k", model, ROWWISE, 0.1, 32, 1, 5), folder)["curve"] != curves[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_run_that_diverges_ends(ranks: int, ratings: Path) -> None:
+    run_on_ranks(ranks, ends_early, {"folder": ratings})
+
+
+def ends_early(folder: Path) -> None:
+    result = train(Run("ml-100k", "FM", SGD, 1e30, 32, 2, 0), folder)
+    assert not any("test" in point for point in result["curve"])
+    assert mean_auc([result], "1 epoch") == -math.inf
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ What a new TorchRec version could move is named here and nowhere else:
   groups that carry a ``FrequencyConfig`` get ours.
 - ``ShardedEmbeddingBagCollection`` and ``ShardedEmbeddingCollection`` are where every rank sees
   every table: there we refuse, before anything is built, and join the shards' gradient scales,
-  whose exchange follows each backward through the module's outputs.
+  which each backward through the module's outputs exchanges, before the tables' updates and after.
 """
 
 from __future__ import annotations

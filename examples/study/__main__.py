@@ -4,6 +4,8 @@
     python -m examples.study full      all experiments
     python -m examples.study report    tables and plots of what has been run so far
 
+make study and make study-full are the first two; the latter writes examples/study/RESULTS.md.
+
 A run that has its line in results.jsonl is not run again, so a study that was cut off goes on where
 it was; delete the file after a change to an optimizer. Data sets other than MovieLens-100K and the
 synthetic ones are used if they are in the data folder: ml-1m (as published) and criteo (day_*.npy
@@ -30,13 +32,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/study"), help="folder of the results"
     )
+    parser.add_argument("--tables", type=Path, help="folder of tables and plots (default: --out)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args()
     results = Results(args.out / "results.jsonl")
     if args.command != "report":
         run_all(EXPERIMENTS[args.command], results, args.data, args.workers)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(report.write(results, args.out))
+        print(report.write(results, args.tables or args.out))
 
 
 if __name__ == "__main__":

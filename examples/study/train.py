@@ -156,14 +156,14 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     quarters = {max(1, steps * n // EVALUATIONS) for n in range(1, EVALUATIONS)}
     curve: list[dict[str, Any]] = []
     for epoch in range(run.epochs):
-        finite = True
+        diverged = False
         for step, batch in enumerate(data.train(run.batch_size, _seed(run, epoch)), start=1):
-            finite = math.isfinite(training.step(batch.to(training.model.device)))
-            if not finite:
+            loss = training.step(batch.to(training.model.device))
+            if diverged := _any_rank(not math.isfinite(loss), training.model.device):
                 break
             if epoch == 0 and step in quarters:
                 curve.append(_point(step, step / steps, training, {"valid": held_out["valid"]}))
-        if not finite:
+        if diverged:
             break
         curve.append(_point(steps * (epoch + 1), epoch + 1, training, held_out))
     return run.key() | {
@@ -171,6 +171,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         "milliseconds": round(1e3 * statistics.median(training.seconds), 2),
         "ranks": dist.get_world_size(),
     }
+
+
+def _any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is true on a rank, so that all ranks go the same way."""
+    if dist.get_world_size() == 1:
+        return value
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def _seed(run: Run, epoch: int) -> int:
