@@ -58,7 +58,7 @@ $(READY): pyproject.toml Makefile $(VERSIONS) .ci/fbgemm-cpu/setup.py
 demo: setup  ## train a sharded DLRM on MovieLens-100K with three optimizers
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m examples.dlrm $(ARGS)
 
-study: setup  ## compare optimizers: the main table, some ten minutes
+study: setup  ## compare optimizers: the main table, some minutes
 	@$(PY) -m examples.study quick $(ARGS)
 
 study-full: setup  ## all of the study, about an hour
