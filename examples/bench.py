@@ -3,6 +3,7 @@
     python -m examples.bench tbe                                               # bare FBGEMM tables
     torchrun --standalone --nproc-per-node 2 -m examples.bench sharded         # TorchRec, two ranks
     python -m examples.bench report                                            # tables and a plot
+    python -m examples.bench profile                                           # by operator
 
 `make bench` does all of it. The optimizers take turns, a step each, on the same ids, so what
 disturbs the machine disturbs all of them; a ratio is formed within a turn, and the median of the
@@ -313,6 +314,24 @@ def _ids(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor]
     return ids.to(device), offsets.to(device)
 
 
+def profile_tbe(shape: Shape, device: torch.device, steps: int = 20) -> str:
+    """Where the time of a step with FrequencySGD goes, by operator."""
+    tbe, gradient = (
+        _tbe("FrequencySGD", shape, device),
+        torch.randn(shape.batch, shape.tables * shape.dim),
+    )
+    batches = [_ids(shape, device, seed) for seed in range(BATCHES)]
+    gradient = gradient.to(device)
+    for _ in range(2):  # the first steps warm up
+        with _quiet(), torch.profiler.profile() as profile:
+            for step in range(steps):
+                tbe(*batches[step % BATCHES]).backward(gradient)
+    operators = profile.key_averages()
+    return str(
+        operators.table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=60)
+    )
+
+
 # Sharded modules.
 
 
@@ -511,7 +530,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["tbe", "sharded", "report"])
+    parser.add_argument("what", choices=["tbe", "sharded", "report", "profile"])
     parser.add_argument("--turns", type=int, default=40, help="steps of each optimizer and shape")
     parser.add_argument("--reference", action="store_true", help="tbe: the reference shapes alone")
     parser.add_argument(
@@ -530,6 +549,10 @@ def main() -> None:
         print(f"Wrote {args.out / 'bench.png'}")
         return
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if args.what == "profile":
+        for shape in reference_shapes():
+            print(f"{shape}:\n{profile_tbe(shape, device)}")
+        return
     if args.what == "tbe":
         shapes = reference_shapes()
         if not args.reference:
@@ -544,6 +567,7 @@ def main() -> None:
     results = bench_sharded(reference_shapes()[0], device, args.turns)
     if dist.get_rank() == 0:
         save(results, args.out / f"sharded-{dist.get_world_size()}.json")
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
 
 

@@ -1,0 +1,92 @@
+"""The benchmark on tables of a few rows: what it counts is right, and its report shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from examples.bench import (
+    BASE,
+    OPTIMIZERS,
+    Result,
+    Shape,
+    bench_sharded,
+    bench_tbe,
+    load,
+    plot,
+    profile_tbe,
+    reference_shapes,
+    save,
+    sweeps,
+    table,
+)
+
+CPU = torch.device("cpu")
+SHAPE = Shape(tables=2, rows=64, dim=8, batch=16, ids=3)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Result]:
+    return {result.optimizer: result for result in bench_tbe([SHAPE], CPU, turns=5)}
+
+
+def test_bare_tables(results: dict[str, Result]) -> None:
+    states = {name: result.state_bytes for name, result in results.items()}
+    # FBGEMM's counter mode keeps a momentum, a counter and the step of the last update.
+    assert states == {
+        BASE: 0,
+        "FrequencySGD": 4,
+        "COUNTER_SGD": 12,
+        "RowWiseAdagrad": 4,
+        "Adagrad": 4 * SHAPE.dim,
+    }
+    assert results[BASE].ratio == [1, 1, 1]
+    for result in results.values():
+        low, middle, high = result.ratio
+        assert 0 < low <= middle <= high and result.ms > 0
+        # At least the output and its gradient's update are allocated in a step.
+        assert result.peak_bytes >= SHAPE.batch * SHAPE.tables * SHAPE.dim * 4
+    assert (
+        results["FrequencySGD"].operators > results[BASE].operators == results["Adagrad"].operators
+    )
+
+
+def test_report(results: dict[str, Result], tmp_path: Path) -> None:
+    save(list(results.values()), tmp_path / "tbe.json")
+    loaded = load(tmp_path)
+    assert loaded == list(results.values())
+    text = table(loaded)
+    assert f"| tbe, 1 | {SHAPE} | {results[BASE].ms:.1f} |" in text
+    low, middle, high = results["Adagrad"].ratio
+    assert f"{middle:.2f} ({low:.2f} to {high:.2f})" in text
+    plot(loaded, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="make bench"):
+        load(tmp_path / "none")
+
+
+def test_profile_names_the_kernel() -> None:
+    assert "split_embedding_backward" in profile_tbe(SHAPE, CPU, steps=2)
+
+
+def test_sweeps_vary_one_number() -> None:
+    assert len(set(reference_shapes())) == 3
+    for field, shapes in sweeps().items():
+        assert len({getattr(shape, field) for shape in shapes}) == len(shapes) > 2
+        others = {tuple(v for k, v in vars(shape).items() if k != field) for shape in shapes}
+        assert len(others) == 1
+
+
+@on_ranks(2)
+def test_sharded() -> None:
+    found = bench_sharded(SHAPE, CPU, turns=3)
+    assert [(r.workload, r.optimizer) for r in found] == [
+        (workload, optimizer) for workload in ("collection", "DLRM") for optimizer in OPTIMIZERS
+    ]
+    for result in found:
+        assert result.ranks == 2
+        assert (result.optimizer != "FrequencySGD") or result.state_bytes == 4
+        assert (result.optimizer != BASE) or result.ratio == [1, 1, 1]
