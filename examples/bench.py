@@ -50,6 +50,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
+from examples.dlrm import optimizer_bytes
 from torchrec_freq import FrequencyConfig, FrequencySGD
 from torchrec_freq.planner import make_planner
 from torchrec_freq.tbe import FrequencyTBE
@@ -360,7 +361,7 @@ def bench_sharded(shape: Shape, device: torch.device, turns: int) -> list[Result
             print(f"{workload} on {ranks} ranks: {turns} turns", flush=True)
         figures = measure(steps, device, turns)
         for optimizer, (ratio, ms, *rest) in figures.items():
-            state = _state_bytes(models[optimizer]) / (shape.tables * shape.rows)
+            state = optimizer_bytes(models[optimizer]) / (shape.tables * shape.rows)
             results.append(
                 Result(workload, ranks, device.type, shape, optimizer, ratio, ms, state, *rest)
             )
@@ -430,21 +431,6 @@ def _model(
         dense_optimizer.step()
 
     return model, train
-
-
-def _state_bytes(model: DistributedModelParallel) -> int:
-    """Of the tables' optimizer, over all ranks."""
-    states = model.fused_optimizer.state_dict()["state"].values()
-    tensors = [
-        shard.tensor
-        for state in states
-        for key, value in state.items()
-        if hasattr(value, "local_shards") and not key.endswith(".row_counter_steps")
-        for shard in value.local_shards()
-    ]
-    total = torch.tensor(sum(tensor.nbytes for tensor in tensors), device=model.device)
-    dist.all_reduce(total)
-    return int(total)
 
 
 # Report.

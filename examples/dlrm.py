@@ -99,20 +99,21 @@ class Arm:
         metrics = {"auc": auc, "log_loss": log_loss, "rare_auc": rare_auc}
         return {name: float(metric.compute()) for name, metric in metrics.items()}
 
-    def optimizer_bytes(self) -> int:
-        """Memory of the embedding optimizer's state, over all ranks."""
-        states = self.model.fused_optimizer.state_dict()["state"].values()
-        tensors = [
-            shard.tensor
-            for state in states
-            for key, value in state.items()
-            # Not the few numbers a table.
-            if hasattr(value, "local_shards") and not key.endswith(".row_counter_steps")
-            for shard in value.local_shards()
-        ]
-        total = torch.tensor(sum(tensor.nbytes for tensor in tensors), device=self.model.device)
-        dist.all_reduce(total)
-        return int(total)
+
+def optimizer_bytes(model: DistributedModelParallel) -> int:
+    """Memory of the embedding optimizer's state, over all ranks."""
+    states = model.fused_optimizer.state_dict()["state"].values()
+    tensors = [
+        shard.tensor
+        for state in states
+        for key, value in state.items()
+        # Not the few numbers a table.
+        if hasattr(value, "local_shards") and not key.endswith(".row_counter_steps")
+        for shard in value.local_shards()
+    ]
+    total = torch.tensor(sum(tensor.nbytes for tensor in tensors), device=model.device)
+    dist.all_reduce(total)
+    return int(total)
 
 
 @torch.no_grad()
@@ -302,7 +303,7 @@ def compare(args: argparse.Namespace, data: MovieLens, device: torch.device) -> 
             arm.optimizer_name: {
                 "lr": arm.lr,
                 "seconds_per_step": statistics.median(arm.seconds),
-                "optimizer_bytes_per_row": arm.optimizer_bytes() / sum(data.tables.values()),
+                "optimizer_bytes_per_row": optimizer_bytes(arm.model) / sum(data.tables.values()),
                 "curve": arm.curve,
             }
             for arm in arms

@@ -16,7 +16,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -180,7 +180,10 @@ class Pair:
 
 
 def make_collection(
-    tables: list[TableSpec], weighted: bool = False, device: torch.device | None = None
+    tables: list[TableSpec],
+    weighted: bool = False,
+    device: torch.device | None = None,
+    dtype: DataType = DataType.FP32,
 ) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(
         tables=[
@@ -190,6 +193,7 @@ def make_collection(
                 embedding_dim=t.columns,
                 feature_names=t.features,
                 pooling=PoolingType.MEAN if t.mean else PoolingType.SUM,
+                data_type=dtype,
                 # Small values keep the losses, and with them the rounding errors, small.
                 init_fn=lambda w: nn.init.uniform_(w, -0.2, 0.2),
             )

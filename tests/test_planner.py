@@ -121,18 +121,8 @@ def check_allocation(kind: str, optimizers: dict[str, Any], dtype: DataType) -> 
     sharder: Any = Sharder()
 
     def collection_with(optimizers: dict[str, Any], device: str | None) -> Any:
-        collection = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=t.name,
-                    num_embeddings=t.rows,
-                    embedding_dim=t.columns,
-                    feature_names=t.features,
-                    data_type=dtype,
-                )
-                for t in TABLES
-            ],
-            device=torch.device(device) if device else None,
+        collection: Any = make_collection(
+            TABLES, device=torch.device(device) if device else None, dtype=dtype
         )
         for name, bag in collection.embedding_bags.items():
             optimizer = optimizers.get(name, FrequencySGD)
