@@ -67,7 +67,6 @@ class RowCounters:
         self.steps = numpy.zeros((tables, 2), dtype=numpy.int64)
         self.device_steps = torch.zeros(tables, dtype=torch.int64, device=device)
         self._on_device = [0] * tables
-        self._one = torch.ones(1, dtype=torch.int32, device=device)
         # Counts may be loaded behind our back, and then be as large as that.
         self._bound = COUNT_CEILING
 
@@ -129,7 +128,9 @@ class RowCounters:
             self._bound = COUNT_CEILING
         self._bound += most
         if mode == "samples":
-            self.counts.index_add_(0, rows_L, self._one.expand(rows_L.numel()))
+            # On a CPU faster than index_add_, and than with a one that is expanded.
+            ones_L = torch.ones_like(rows_L, dtype=torch.int32)
+            self.counts.scatter_add_(0, rows_L, ones_L)
         else:
             # Equal rows write equal values, so the order of the writes does not matter.
             self.counts.index_put_((rows_L,), self.counts.index_select(0, rows_L) + 1)

@@ -80,12 +80,12 @@ class TableGroup:
         self.feature_table_map = list(feature_table_map)
         self.dims = [dims[table] for table in feature_table_map]
         first_rows = [sum(rows[:table]) for table in feature_table_map]
-        self._feature_F = torch.arange(len(self.dims), device=device)
         self._table_F = torch.tensor(self.feature_table_map, dtype=torch.int64, device=device)
         self._scale_F = self._table_F
         self._scale_of_table = torch.arange(len(rows), device=device)
         self._first_row_F = torch.tensor(first_rows, dtype=torch.int64, device=device)
-        self._dim_F = torch.tensor(self.dims, dtype=torch.int64, device=device)
+        # float64: what it counts, elements of the gradients, adds up exactly.
+        self._dim_F = torch.tensor(self.dims, dtype=torch.float64, device=device)
 
     def share_scales(self, scales: TableScales, positions: Sequence[int]) -> None:
         """Uses ``scales`` from now on; its owner measures the outputs and ends the steps.
@@ -100,13 +100,17 @@ class TableGroup:
         )
         self._scale_F = self._scale_of_table.index_select(0, self._table_F)
 
-    def feature_of_lookup(self, batch: Batch) -> Tensor:
-        """int64 [lookups], ascending."""
-        return torch.repeat_interleave(
-            self._feature_F,
-            self._lookups_of_feature(batch),
-            output_size=batch.indices.numel(),
-        )
+    def lookups_of_feature(self, batch: Batch) -> Tensor:
+        """[features], of the type of ``offsets``."""
+        features, bags = len(self.dims), batch.offsets.numel() - 1
+        if batch.variable is None:
+            return batch.offsets.as_strided((features + 1,), (bags // features,)).diff()
+        ends_F = batch.variable.starts_FR.select(1, -1).cumsum(0)
+        return batch.offsets.index_select(0, ends_F).diff(prepend=batch.offsets.narrow(0, 0, 1))
+
+    def feature_of_lookup(self, batch: Batch, lookups_F: Tensor) -> Tensor:
+        """[lookups], ascending, of the type of ``offsets``."""
+        return torch.repeat_interleave(lookups_F, output_size=batch.indices.numel())
 
     def rows_of_lookup(self, batch: Batch, feature_L: Tensor) -> Tensor:
         """int64 [lookups], positions in ``counters.counts``."""
@@ -139,7 +143,8 @@ class TableGroup:
         counters.begin_step(config.count)
         multiplier_L = None
         if batch.indices.numel() > 0:
-            feature_L = self.feature_of_lookup(batch)
+            lookups_F = self.lookups_of_feature(batch)
+            feature_L = self.feature_of_lookup(batch, lookups_F)
             rows_L = self.rows_of_lookup(batch, feature_L)
             counters.add(rows_L, config.count)
             steps: Tensor | int | None = None
@@ -150,8 +155,8 @@ class TableGroup:
                     steps_F = counters.device_steps.index_select(0, self._table_F)
                     steps = steps_F.index_select(0, feature_L)
             if config.normalize is not None:
-                self.measure(batch, feature_L, grad)
-                inverse_F = self.inverse_scales().index_select(0, self._table_F)
+                self.measure(batch, lookups_F, feature_L, grad)
+                inverse_F = self.scales.inverse().index_select(0, self._scale_F)
                 inverse_L = inverse_F.index_select(0, feature_L)
             multiplier_L = row_multiplier(config, counters.gather(rows_L), steps, inverse_L)
         counters.end_step(config.half_life)
@@ -159,20 +164,28 @@ class TableGroup:
             self.scales.end_step()
         return multiplier_L
 
-    def measure(self, batch: Batch, feature_L: Tensor, grad: Tensor, factor: float = 1.0) -> None:
+    def measure(
+        self,
+        batch: Batch,
+        lookups_F: Tensor,
+        feature_L: Tensor,
+        grad: Tensor,
+        factor: float = 1.0,
+    ) -> None:
         """Adds the gradients of a batch's lookups to the scales.
 
         Args:
+            lookups_F: of :meth:`lookups_of_feature`.
+            feature_L: of :meth:`feature_of_lookup`.
             factor: what the gradient is to be multiplied by.
         """
-        lengths_F = self._lookups_of_feature(batch)
+        elements_F = lookups_F * self._dim_F
         if self.pooled:
             squares_B = self._bag_squares(batch, grad)
             if self._owns_scales:
+                bags_F = self._bags_of_feature(batch)
                 self.scales.add_outputs(
-                    self._scale_F,
-                    self._sum_by_feature(batch, squares_B),
-                    self._sum_by_feature(batch, torch.ones_like(squares_B)) * self._dim_F,
+                    self._scale_F, self._sum_by_feature(batch, squares_B), self._dim_F * bags_F
                 )
             if batch.weights_L is None:
                 lookups_B = batch.offsets.diff()
@@ -180,28 +193,26 @@ class TableGroup:
                 lookups_B = torch.ops.fbgemm.segment_sum_csr(
                     1, batch.offsets, batch.weights_L.square()
                 )
-            squares_F = self._sum_by_feature(batch, squares_B * lookups_B.view_as(squares_B))
+            squares_F = self._sum_by_feature(batch, squares_B * lookups_B)
         else:
             squares_L = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square_()
             squares_F = squares_L.new_zeros(len(self.dims)).index_add_(0, feature_L, squares_L)
             if self._owns_scales:
-                self.scales.add_outputs(self._scale_F, squares_F, lengths_F * self._dim_F)
+                self.scales.add_outputs(self._scale_F, squares_F, elements_F)
         if factor != 1:
             squares_F = squares_F * factor**2
-        self.scales.add_lookups(self._scale_F, squares_F, lengths_F * self._dim_F)
+        self.scales.add_lookups(self._scale_F, squares_F, elements_F)
 
-    def _lookups_of_feature(self, batch: Batch) -> Tensor:
-        """[features], of the type of ``offsets``."""
-        features, bags = len(self.dims), batch.offsets.numel() - 1
+    def _bags_of_feature(self, batch: Batch) -> int | Tensor:
+        """Number of bags of each feature, [features] where it differs."""
         if batch.variable is None:
-            return batch.offsets.as_strided((features + 1,), (bags // features,)).diff()
-        ends_F = batch.variable.starts_FR.select(1, -1).cumsum(0)
-        return batch.offsets.index_select(0, ends_F).diff(prepend=batch.offsets.narrow(0, 0, 1))
+            return (batch.offsets.numel() - 1) // len(self.dims)
+        return batch.variable.starts_FR.select(1, -1)
 
     def _sum_by_feature(self, batch: Batch, values_B: Tensor) -> Tensor:
-        """[features], sums of values of the shape of :meth:`_bag_squares`."""
+        """[features], sums of [bags]."""
         if batch.variable is None:
-            return values_B.sum(dim=1)
+            return values_B.view(len(self.dims), -1).sum(dim=1)
         parts = values_B.split([sum(sizes) for sizes in batch.variable.sizes])
         return torch.stack([part.sum() for part in parts])
 
@@ -209,11 +220,11 @@ class TableGroup:
         """Sum over the columns of the squared gradient of each bag's output.
 
         Returns:
-            float32 [features, batch], or [bags] of a variable batch.
+            float32 [bags].
         """
         variable = batch.variable
         if variable is None:
-            return bag_squares(grad, self.dims)
+            return bag_squares(grad, self.dims).flatten()
         # Bags lie feature-major, their outputs rank-major.
         sizes_FR = variable.starts_FR.diff(dim=1)
         features, ranks = sizes_FR.shape
@@ -225,7 +236,7 @@ class TableGroup:
         )
         first_bag_FR = sizes_FR.flatten().cumsum(0) - sizes_FR.flatten()
         within_B = torch.arange(bags, device=grad.device) - first_bag_FR.index_select(0, block_B)
-        dim_B = self._dim_F.index_select(0, block_B // ranks)
+        dim_B = self._dim_F.to(torch.int64).index_select(0, block_B // ranks)
         output_B = variable.outputs_RF.t().flatten().index_select(0, block_B) + within_B * dim_B
         flat, parts = grad.flatten(), []
         by_feature = output_B.split([sum(sizes) for sizes in variable.sizes])

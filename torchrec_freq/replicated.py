@@ -139,7 +139,8 @@ class _Update:
         self.tbe = tbe
         self.batch = batch
         counts_R = tbe.group.counters.counts
-        self._feature_L = tbe.group.feature_of_lookup(batch)
+        self._lookups_F = tbe.group.lookups_of_feature(batch)
+        self._feature_L = tbe.group.feature_of_lookup(batch, self._lookups_F)
         rows_L = tbe.group.rows_of_lookup(batch, self._feature_L)
         ones_L = torch.ones_like(rows_L, dtype=torch.int32)
         self._occurrences_R = torch.zeros_like(counts_R).index_add_(0, rows_L, ones_L)
@@ -159,5 +160,7 @@ class _Update:
         group.counters.add_occurrences(self._occurrences_R, group.config.count)
         if group.config.normalize is not None:
             # The gradient of this rank's mean loss; 1 / ranks of it is that of the global batch.
-            group.measure(self.batch, self._feature_L, grad, factor=1 / self.tbe._ranks)
+            group.measure(
+                self.batch, self._lookups_F, self._feature_L, grad, factor=1 / self.tbe._ranks
+            )
             self.tbe._inverse_T = group.inverse_scales()

@@ -51,7 +51,7 @@ def row_multiplier(
     if config.coherence:
         if steps is None:
             raise ValueError("row_multiplier needs steps where coherence is not 0")
-        effective.mul_((effective / steps).mul_(config.coherence).add_(1))
+        effective.addcmul_(effective, effective / steps, value=config.coherence)
     multiplier = effective.clamp_(min=config.min_count).rsqrt_()
     if config.normalize is not None:
         if inverse_scale is None:

@@ -77,7 +77,7 @@ class TableScales:
             squares_F: [features] sum of squares of the gradient elements.
             elements_F: [features] number of those elements.
         """
-        step_F2 = torch.stack((squares_F.to(torch.float64), elements_F.to(torch.float64)), dim=1)
+        step_F2 = torch.stack((squares_F, elements_F.to(torch.float64)), dim=1)
         self._lookups.index_add_(0, tables_F, step_F2)
 
     def add_outputs(self, tables_F: Tensor, squares_F: Tensor, elements_F: Tensor) -> None:
@@ -85,7 +85,7 @@ class TableScales:
 
         All ranks must call it equally often, in the same order with other collectives.
         """
-        step_F2 = torch.stack((squares_F.to(torch.float64), elements_F.to(torch.float64)), dim=1)
+        step_F2 = torch.stack((squares_F, elements_F.to(torch.float64)), dim=1)
         step_T2 = torch.zeros_like(self._outputs).index_add_(0, tables_F, step_F2)
         self._outputs_exchanges.append((step_T2, self._sum_over_ranks(step_T2)))
 
