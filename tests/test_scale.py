@@ -43,3 +43,10 @@ def test_table_without_gradient_does_not_move() -> None:
     scales = TableScales(2)
     step(scales, (4.0, 4), (4.0, 4))
     assert scales.inverse().tolist() == [1.0, 0.0]
+
+
+def test_lookups_without_gradient_are_waited_for() -> None:
+    scales = TableScales(1)
+    step(scales, (0.0, 8), (16.0, 4))  # as where all weights of the lookups are 0
+    assert step(scales, (2.0, 8), (16.0, 4)) == 0.0
+    assert math.isclose(step(scales, (2.0, 8), (16.0, 4)), (2 / 16 / 4 * 4) ** -0.5, rel_tol=1e-6)

@@ -147,6 +147,8 @@ class TableGroup:
             feature_L = self.feature_of_lookup(batch, lookups_F)
             rows_L = self.rows_of_lookup(batch, feature_L)
             counters.add(rows_L, config.count)
+            counts_L = counters.gather(rows_L)
+            del rows_L  # 8 bytes a lookup, of which the rest has less to add to the peak
             steps: Tensor | int | None = None
             inverse_L = None
             if config.coherence:
@@ -158,7 +160,7 @@ class TableGroup:
                 self.measure(batch, lookups_F, feature_L, grad)
                 inverse_F = self.scales.inverse().index_select(0, self._scale_F)
                 inverse_L = inverse_F.index_select(0, feature_L)
-            multiplier_L = row_multiplier(config, counters.gather(rows_L), steps, inverse_L)
+            multiplier_L = row_multiplier(config, counts_L, steps, inverse_L)
         counters.end_step(config.half_life)
         if self._owns_scales:
             self.scales.end_step()

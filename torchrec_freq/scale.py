@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import torch
@@ -48,7 +47,6 @@ class TableScales:
         self._totals = torch.zeros(tables, SCALE_NUMBERS, dtype=torch.float64, device=device)
         self._lookups = self._totals.new_zeros(tables, 2)
         self._outputs = self._totals.new_zeros(tables, 2)
-        self._one = self._totals.new_ones(())
         self._lookups_exchange: tuple[Tensor, dist.Work | None] | None = None
         self._outputs_exchanges: list[tuple[Tensor, dist.Work | None]] = []
         distributed = process_group is not None and process_group.size() > 1
@@ -105,11 +103,10 @@ class TableScales:
         """float32 [tables], ``1 / s_t``; 0 for a table without a gradient so far."""
         totals_T4 = self.totals
         self._wait_for_outputs()
+        # Elementwise, few kernels: this is a cost of every step, however small.
         lookups_T, outputs_T = _mean(totals_T4.view(-1, 2, 2)).unbind(dim=1)
         now_T = _mean(totals_T4.narrow(1, 2, 2) + self._outputs)
-        # What is not known yet is 0 / 0, or a quotient with 0.
-        ratio_T = lookups_T / outputs_T
-        ratio_T = ratio_T.where((ratio_T > 0) & (ratio_T < math.inf), self._one)
+        ratio_T = (lookups_T / outputs_T).nan_to_num_(nan=1.0)  # 0 / 0: not known yet
         inverse_T = ratio_T.mul_(now_T).rsqrt_()
         return inverse_T.nan_to_num_(nan=0.0, posinf=0.0).to(torch.float32)
 
