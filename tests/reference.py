@@ -54,12 +54,12 @@ class ReferenceTable:
         if self.outputs_are_lookups:
             outputs = [gradient for _, gradient in lookups]
         ratio = 1.0
-        if self.squares and self.output_squares:
+        if self.elements and self.output_squares:
             ratio = self.squares / self.elements * self.output_elements / self.output_squares
         self.output_squares += sum(float(gradient.square().sum()) for gradient in outputs)
         self.output_elements += sum(gradient.numel() for gradient in outputs)
         scale = math.inf
-        if self.output_squares:
+        if self.output_squares and ratio:  # nothing moves before there is a gradient
             scale = math.sqrt(ratio * self.output_squares / self.output_elements)
         if self.normalize is None:
             scale = 1.0

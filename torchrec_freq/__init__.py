@@ -3,16 +3,24 @@
 Importing this package registers :class:`FrequencySGD` with TorchRec.
 """
 
+import sys
+
 from torchrec_freq import _versions
 
-_versions.check()
+try:
+    _versions.check()
+except _versions.StackError as refusal:
+    # What `python -m torchrec_freq` is called while the package is imported.
+    if sys.argv[:1] == ["-m"] and "torchrec_freq" in sys.orig_argv:
+        sys.exit(str(refusal))
+    raise
 
-from torchrec_freq.config import FrequencyConfig  # noqa: E402
-from torchrec_freq.counters import COUNT_CEILING  # noqa: E402
-from torchrec_freq.files import CountsFile, load_counts, save_counts  # noqa: E402
-from torchrec_freq.optimizer import FrequencySGD  # noqa: E402
-from torchrec_freq.register import fused_params, install  # noqa: E402
-from torchrec_freq.state import load_row_counts, row_counts  # noqa: E402
+from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.counters import COUNT_CEILING
+from torchrec_freq.files import CountsFile, load_counts, save_counts
+from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.register import fused_params, install
+from torchrec_freq.state import load_row_counts, row_counts
 
 install()
 

@@ -7,20 +7,22 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq import count, plan
+from torchrec_freq import count, doctor, plan
 
-COMMANDS: Final = {"count": count, "plan": plan}
-"""Modules with a ``HELP`` line, ``add_arguments(parser)`` and ``run(arguments)``."""
+COMMANDS: Final = {"count": count, "doctor": doctor, "plan": plan}
+"""Modules with a ``HELP`` line, ``add_arguments(parser)``, and ``run(arguments)``, which may return
+an exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        Exit status: 0, or 2 where the arguments or their files are wrong, with a line on stderr.
+        Exit status: 0, or the command's; 2 where the arguments or their files are wrong, with a
+        line on stderr.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m torchrec_freq", description="Tools for FrequencySGD's row counts."
+        prog="python -m torchrec_freq", description="Tools for FrequencySGD and its row counts."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
@@ -34,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=module.run, prog=command.prog)
     parsed = parser.parse_args(arguments)
     try:
-        parsed.run(parsed)
+        status: int | None = parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"{parsed.prog}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":
