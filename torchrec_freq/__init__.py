@@ -18,6 +18,7 @@ except _versions.StackError as refusal:
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counters import COUNT_CEILING
 from torchrec_freq.files import CountsFile, load_counts, save_counts
+from torchrec_freq.monitor import TrainingMonitor
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.register import fused_params, install
 from torchrec_freq.state import load_row_counts, row_counts
@@ -30,6 +31,7 @@ __all__ = [
     "CountsFile",
     "FrequencyConfig",
     "FrequencySGD",
+    "TrainingMonitor",
     "fused_params",
     "load_counts",
     "load_row_counts",

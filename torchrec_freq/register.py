@@ -322,15 +322,14 @@ def _local_shards(lookups: list[nn.Module], rank: int) -> list[LocalShard]:
     """This rank's shards of our tables in freshly made ``lookups``."""
     shards = []
     for kernel in _kernels(lookups):
+        group, learning_rate = kernel.frequency_group, kernel.emb_module.get_learning_rate
         for index, config in enumerate(kernel.config.embedding_tables):
             if config.local_metadata is None:  # data parallel: whole on every rank
                 row_offset, primary = 0, rank == 0
             else:
                 row_offset, column_offset = config.local_metadata.shard_offsets
                 primary = column_offset == 0
-            shards.append(
-                LocalShard(config.name, row_offset, primary, kernel.frequency_group, index)
-            )
+            shards.append(LocalShard(config.name, row_offset, primary, group, index, learning_rate))
     return shards
 
 

@@ -56,6 +56,10 @@ class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
         """Learning rate of the next steps."""
         self.learning_rate = lr
 
+    def get_learning_rate(self) -> float:
+        """Learning rate of the next step, as FBGEMM's fused TBE gives its own."""
+        return self.learning_rate
+
     @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
         self,

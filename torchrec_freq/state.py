@@ -27,7 +27,8 @@ def row_counts(model: nn.Module) -> dict[str, Tensor]:
         ValueError: no table of the model trains with FrequencySGD.
     """
     return {
-        name: handle.read(table.name).counts for name, (handle, table) in _tables(model).items()
+        name: handle.read(table.name).counts
+        for name, (handle, table) in named_tables(model).items()
     }
 
 
@@ -51,7 +52,7 @@ def load_row_counts(
     """
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"Invalid steps value: {steps!r}. Must be a whole number >= 1, or None.")
-    tables = _tables(model)
+    tables = named_tables(model)
     known: dict[str, int] = {}
     for name, counts_R in counts.items():
         if name not in tables:
@@ -77,8 +78,12 @@ def load_row_counts(
         handle.load_counts(table.name, counts_R, torch.tensor([max(known[name], 1), 0]))
 
 
-def _tables(model: nn.Module) -> dict[str, tuple[FrequencyTables, Table]]:
-    """Tables by name, or by path and name where two modules have one of that name."""
+def named_tables(model: nn.Module) -> dict[str, tuple[FrequencyTables, Table]]:
+    """Tables by name, or by path and name where two modules have one of that name.
+
+    Raises:
+        ValueError: no table of the model trains with FrequencySGD.
+    """
     found = [
         (path, handle, table)
         for path, handle in frequency_modules(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,6 +55,7 @@ class LocalShard:
 
     Attributes:
         primary: of the shards that hold the same rows, all but one are replicas of this one.
+        learning_rate: that of the next update.
     """
 
     table: str
@@ -62,6 +63,7 @@ class LocalShard:
     primary: bool
     group: TableGroup
     index: int
+    learning_rate: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,9 @@ class FrequencyTables:
                 local_R = shard.group.counters.saturated(shard.index).cpu()
                 counts_R[shard.row_offset : shard.row_offset + local_R.numel()] = local_R
         for chunk_R in counts_R.split(_CHUNK_ROWS):
-            self._reduce(chunk_R, dist.ReduceOp.SUM)
-        self._reduce(steps, dist.ReduceOp.MAX)
-        self._reduce(scale, dist.ReduceOp.MAX)
+            self.reduce(chunk_R, dist.ReduceOp.SUM)
+        self.reduce(steps, dist.ReduceOp.MAX)
+        self.reduce(scale, dist.ReduceOp.MAX)
         return TableState(counts_R, steps, scale)
 
     def load(self, name: str, state: TableState) -> None:
@@ -219,7 +221,7 @@ class FrequencyTables:
         """The number of steps that a table's counts stand for. All ranks must call it."""
         local = [int(self.shard_steps(shard)[0]) for shard in self._shards_of(name)]
         steps = torch.tensor([max(local, default=0)])
-        self._reduce(steps, dist.ReduceOp.MAX)
+        self.reduce(steps, dist.ReduceOp.MAX)
         return int(steps)
 
     def shard_steps(self, shard: LocalShard) -> Tensor:
@@ -254,8 +256,8 @@ class FrequencyTables:
     def _shards_of(self, name: str) -> list[LocalShard]:
         return [shard for shard in self.shards if shard.table == name]
 
-    def _reduce(self, values: Tensor, operation: Any) -> None:
-        """Over the ranks, in place, of a tensor on the CPU."""
+    def reduce(self, values: Tensor, operation: Any) -> None:
+        """Over the ranks, in place, of a tensor on any device. All ranks must call it."""
         if self.process_group is not None and self.process_group.size() > 1:
             reduced = values.to(self.scales.totals.device)
             dist.all_reduce(reduced, operation, group=self.process_group)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,17 +27,70 @@ BLOCKS: Final = 1 << 16
 # A float32 has 23 bits behind its leading one. With 6 of them a bin is at most 1.6% wide, and every
 # count below 128 has its own.
 _DROPPED_BITS: Final = 23 - 6
-_CHUNK_ROWS: Final = 1 << 24
+_BIN_OF_ONE: Final = (127 << 23) >> _DROPPED_BITS
+_CHUNK_ROWS: Final = 1 << 22
 
 
-def _bin_of(counts_R: NDArray[Any]) -> NDArray[np.int64]:
-    """Number of each count's bin: 0 for 0, 1 for 1, then log-linear."""
-    bits_R = counts_R.astype(np.float32).view(np.int32) >> _DROPPED_BITS
-    one = int(np.float32(1).view(np.int32)) >> _DROPPED_BITS
-    return np.maximum(bits_R.astype(np.int64) - one + 1, 0)
+def _bin_of(counts_R: Tensor) -> Tensor:
+    """int32 [rows] number of each count's bin: 0 for 0, 1 for 1, then log-linear."""
+    bits_R = counts_R.to(torch.float32).view(torch.int32) >> _DROPPED_BITS
+    return bits_R.sub_(_BIN_OF_ONE - 1).clamp_(min=0)
 
 
-_BINS: Final = int(_bin_of(np.array([COUNT_CEILING]))[0]) + 1
+BINS: Final = int(_bin_of(torch.tensor([COUNT_CEILING]))) + 1
+"""Bins of counts, the same for every table: what is binned in parts adds up."""
+
+
+def bin_counts(counts_R: Tensor) -> Tensor:
+    """Rows and lookups by bin of counts; on a GPU without a host sync.
+
+    Args:
+        counts_R: [rows] whole numbers from 0, of any dtype; larger ones are taken for
+            ``COUNT_CEILING``.
+
+    Returns:
+        int64 [2, BINS], on the device of the counts: rows in each bin, and their lookups together.
+    """
+    sums_2B = torch.zeros(2, BINS, dtype=torch.int64, device=counts_R.device)
+    one = sums_2B.new_ones(1)
+    for chunk_R in counts_R.split(_CHUNK_ROWS):
+        chunk_R = chunk_R.clamp(max=COUNT_CEILING)
+        bins_R = _bin_of(chunk_R)
+        sums_2B[0].index_add_(0, bins_R, one.expand(len(bins_R)))
+        sums_2B[1].index_add_(0, bins_R, chunk_R.to(torch.int64))
+    return sums_2B
+
+
+def sample_bin_counts(counts_R: Tensor, max_rows: int) -> Tensor:
+    r"""As :func:`bin_counts`, from a sample where there are more than ``max_rows`` = ``m`` rows.
+
+    Rows with at least ``1/m`` of the lookups, of which there are ``m`` at most, are all taken; of
+    the others one at random from each of ``m`` equal parts of the table, always the same. Two
+    passes over the counts find the frequent rows; only ``2 m`` rows are binned.
+
+    The standard error of any share of the rows is at most :math:`1 / (2 \sqrt m)`, that of any
+    share of the lookups at most :math:`\sqrt R / m` (each row left out has at most ``1/m`` of
+    them, and stands for ``R/m`` rows). The number of rows is exact, that of lookups has that error.
+
+    Returns:
+        float64 [2, BINS].
+    """
+    rows = counts_R.numel()
+    if rows <= max_rows:
+        return bin_counts(counts_R).to(torch.float64)
+    chunks = counts_R.split(_CHUNK_ROWS)
+    sums = [chunk_R.clamp(max=COUNT_CEILING).sum(dtype=torch.int64) for chunk_R in chunks]
+    threshold = (torch.stack(sums).sum() / max_rows).clamp(min=1)
+    frequent = bin_counts(torch.cat([chunk_R[chunk_R >= threshold] for chunk_R in chunks]))
+    generator = torch.Generator(counts_R.device).manual_seed(0)
+    place_M = torch.rand(
+        max_rows, generator=generator, dtype=torch.float64, device=counts_R.device
+    ).add_(torch.arange(max_rows, device=counts_R.device))
+    row_M = place_M.mul_(rows / max_rows).long().clamp_(max=rows - 1)
+    sampled_M = counts_R[row_M]
+    others = bin_counts(sampled_M[sampled_M < threshold])
+    weight = (rows - frequent[0].sum()).to(torch.float64) / others[0].sum().clamp(min=1)
+    return frequent + weight * others
 
 
 @dataclass(frozen=True)
@@ -57,9 +111,42 @@ class CountHistogram:
         return float(self.rows_B.sum())
 
     @property
+    def rows_seen(self) -> float:
+        """Rows that have been looked up."""
+        return float(self.rows_B @ (self.lookups_B > 0))
+
+    @property
     def lookups(self) -> float:
         """Lookups that were counted."""
         return float(self.lookups_B.sum())
+
+    @classmethod
+    def of_bins(cls, sums_2B: Tensor) -> CountHistogram:
+        """From :func:`bin_counts`, perhaps of several parts added up; without empty bins."""
+        rows_B, lookups_B = sums_2B.to("cpu", torch.float64).numpy()
+        return cls(rows_B[rows_B > 0], lookups_B[rows_B > 0])
+
+    def quantile(self, share: float) -> float:
+        """The least count that at least ``share`` of the rows that were seen do not exceed.
+
+        Exact below 128, and above within 1.6%: the mean of its bin. 0 where no row was seen.
+        """
+        seen_B = self.lookups_B > 0
+        if not seen_B.any():
+            return 0.0
+        rows_B = self.rows_B[seen_B]
+        running_B = np.cumsum(rows_B) / rows_B.sum()
+        # A share that rounding has put just above a bin's is that bin's.
+        bin_ = min(int(np.searchsorted(running_B, share * (1 - 1e-12))), len(rows_B) - 1)
+        return float(self.lookups_B[seen_B][bin_] / rows_B[bin_])
+
+    def top_share(self, rows: float) -> float:
+        """Share of the lookups that go to the ``rows`` most frequent rows; 0 without lookups."""
+        if self.lookups == 0:
+            return 0.0
+        rows_B, lookups_B = np.cumsum(self.rows_B[::-1]), np.cumsum(self.lookups_B[::-1])
+        covered = np.interp(rows, np.append(0, rows_B), np.append(0, lookups_B))
+        return float(covered) / self.lookups
 
     def expected_distinct(self, lookups: float) -> float:
         r"""Distinct rows among ``lookups`` lookups, :math:`\sum_i 1 - (1 - p_i)^N`."""
@@ -98,7 +185,7 @@ class CountHistogram:
         distinct = float(self.rows_B @ seen_B)
         if distinct == 0:
             return 0.0
-        if cached_rows >= float(self.rows_B @ (self.lookups_B > 0)):
+        if cached_rows >= self.rows_seen:
             return 0.0
         held_B = self._held(cached_rows, lookups, seen_B, distinct, policy)
         return float(self.rows_B @ (seen_B * (1 - held_B)) / distinct)
@@ -199,15 +286,16 @@ class TableTraffic:
                 f"Table {table!r}: rows {first} to {first + counts_R.numel() - 1} lie outside its "
                 f"{total} rows."
             )
-        rows_B, lookups_B = np.zeros(_BINS), np.zeros(_BINS)
-        lookups_K = np.zeros(-(-total // _block_rows(total)) if total else 0)
+        block = _block_rows(total)
+        lookups_K = np.zeros(-(-total // block))
+        sums_2B = torch.zeros(2, BINS, dtype=torch.int64)
         for start in range(0, counts_R.numel(), _CHUNK_ROWS):
-            chunk_R = counts_R[start : start + _CHUNK_ROWS].detach().cpu().numpy()
-            bins_R = _bin_of(chunk_R)
-            rows_B += np.bincount(bins_R, minlength=_BINS)
-            lookups_B += np.bincount(bins_R, weights=chunk_R, minlength=_BINS)
-            blocks_R = (first + start + np.arange(len(chunk_R))) // _block_rows(total)
-            lookups_K += np.bincount(blocks_R, weights=chunk_R, minlength=len(lookups_K))
+            chunk_R = counts_R[start : start + _CHUNK_ROWS].detach().cpu()
+            sums_2B += bin_counts(chunk_R)
+            blocks_R = (first + start + torch.arange(len(chunk_R))) // block
+            in_blocks = torch.bincount(blocks_R - blocks_R[0], weights=chunk_R).numpy()
+            lookups_K[int(blocks_R[0]) :][: len(in_blocks)] += in_blocks
+        rows_B, lookups_B = sums_2B.to(torch.float64).numpy()
         return cls(total, rows_B, lookups_B, lookups_K)
 
     def __add__(self, other: TableTraffic) -> TableTraffic:
@@ -225,8 +313,7 @@ class TableTraffic:
     @property
     def histogram(self) -> CountHistogram:
         """The rows by frequency, without empty bins."""
-        used_B = self.rows_B > 0
-        return CountHistogram(self.rows_B[used_B], self.lookups_B[used_B])
+        return CountHistogram.of_bins(torch.from_numpy(np.stack((self.rows_B, self.lookups_B))))
 
     def share(self, first: int, last: int) -> float:
         """Share of the table's lookups that go to the rows ``first`` to ``last - 1``.
