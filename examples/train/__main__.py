@@ -1,0 +1,167 @@
+"""Trains TorchRec's DLRM on Criteo files or made-up ones.
+
+    torchrun --standalone --nproc-per-node 2 -m examples.train --config examples/train/smoke.yaml
+
+The same on two CPU ranks (gloo) and on many GPUs (nccl). --help lists the settings.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from examples.checkpoint import Checkpoints
+from examples.dlrm import optimizer_bytes
+from examples.study import planted
+from examples.train.config import Settings, parse
+from examples.train.data import Batches, Day, Days, find_days
+from examples.train.loop import Loop
+from examples.train.model import build
+from examples.train.monitor import Summary
+from examples.train.ranks import gather, together
+from examples.train.scan import Scan, scan
+
+
+def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
+    """The days, the rows of the tables, and what the scan found. All ranks must call it.
+
+    Raises:
+        ValueError: files that cannot be trained on, the same on every rank.
+    """
+    data = settings.data
+    # Rank 0 alone, then one rank of each host that does not see its folder.
+    for writes in (dist.get_rank() == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0):
+        with together():
+            if data.synthetic is not None and writes:
+                task = planted.Task(samples=data.synthetic, held_out=data.synthetic)
+                planted.generate(task, data.path)
+    with together():
+        days = find_days(data.path)
+        if data.synthetic is not None and any(day.samples != data.synthetic for day in days):
+            raise ValueError(
+                f"{data.path} holds other data than data.synthetic={data.synthetic} asks for. "
+                "Leave it out to train on them, or name another data.folder."
+            )
+    seen = gather([(day.files["dense"].name, day.samples) for day in days])
+    if other := [rank for rank, files in enumerate(seen) if files != seen[0]]:
+        raise ValueError(f"Rank {other[0]} sees other files in {data.path} than rank 0.")
+    # Ids that are taken modulo the rows have no upper bound.
+    bounds = None if data.max_rows is not None else data.rows
+    found = None
+    if data.scan:
+        found = scan(Days(days), bounds, settings.out / "scan.json")
+        if found.bad and data.bad_rows == "stop":
+            raise ValueError(
+                f"{found.message()}\nRepair the files, or leave these rows out with "
+                "--data.bad_rows skip."
+            )
+        if found.bad and dist.get_rank() == 0:
+            print(f"Left out: {found.message()}", flush=True)
+    if data.rows is not None:
+        rows = data.rows
+    else:
+        assert found is not None
+        rows = [max(largest, 0) + 1 for largest in found.largest]
+    if data.max_rows is not None:
+        rows = [min(count, data.max_rows) for count in rows]
+    return days, rows, found
+
+
+def train(settings: Settings, device: torch.device) -> None:
+    days, rows, found = prepare(settings)
+    bad = np.array([] if found is None else found.bad, dtype=np.int64)
+    first_held_out = sum(day.samples for day in days[:-1])
+    train_days = Days(days[:-1], bad[bad < first_held_out])
+    last_day = Days(days[-1:], bad[bad >= first_held_out] - first_held_out)
+    half = (len(last_day) + 1) // 2  # as TorchRec halves it
+    valid, test = range(half), range(half, len(last_day))
+    if len(train_days) < settings.batch_size or not test:
+        raise ValueError(
+            f"batch_size {settings.batch_size} is more than the {len(train_days)} train samples, "
+            f"or the {len(last_day)} of the last day are too few to hold out."
+        )
+
+    def batches(days: Days, part: range, batch_size: int, **options: Any) -> Batches:
+        modulo = settings.data.max_rows is not None
+        return Batches(days, part, rows=rows, modulo=modulo, batch_size=batch_size, **options)
+
+    evaluation = settings.evaluation
+    training = build(settings, rows, device)
+    lasting = {**settings.lasting(), "train samples": len(train_days), "rows": rows}
+    loop = Loop(
+        settings,
+        training,
+        batches(
+            train_days,
+            range(len(train_days)),
+            settings.batch_size,
+            whole=True,
+            order_seed=settings.seed if settings.data.shuffle else None,
+        ),
+        {
+            "some": batches(last_day, valid[: evaluation.samples], evaluation.batch_size),
+            "valid": batches(last_day, valid, evaluation.batch_size),
+            "test": batches(last_day, test, evaluation.batch_size),
+        },
+        Checkpoints(settings.out / "checkpoints", settings=lasting, keep=settings.checkpoint.keep),
+    )
+    loop.run()
+    end = loop.progress.curve[-1]
+    summary = Summary(
+        steps=loop.step,
+        samples=loop.step * settings.batch_size,
+        ranks=dist.get_world_size(),
+        device=device.type,
+        seconds=loop.progress.seconds,
+        train_loss=loop.progress.train_loss,
+        valid=end["valid"],
+        test=end["test"],
+        optimizer_bytes_per_row=optimizer_bytes(training.model) / sum(rows),
+        bad_rows=len(bad),
+        checkpoint=str(loop.checkpoints.folder / f"step-{loop.step:08}"),
+        curve=loop.progress.curve,
+        settings=lasting,
+    )
+    if dist.get_rank() == 0:
+        summary.write(settings.out / "summary.json")
+        print(summary.table(), flush=True)
+
+
+@record
+def main() -> None:
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        settings = parse()
+        if "RANK" not in os.environ:
+            raise ValueError("Start it with torchrun, which sets the ranks (see --help).")
+        settings.for_ranks(int(os.environ["WORLD_SIZE"]))
+    except ValueError as error:  # the same on every rank
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
+    warnings.filterwarnings("ignore", module="torchrec|torchmetrics")
+    warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(settings, device)
+        dist.barrier()  # no rank leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Criteo npy files as one sequence of samples, and the batches of a rank.
+
+A day is three files as TorchRec makes them: day_0_dense.npy float32 [n, 13], day_0_sparse.npy int32
+or int64 [n, 26], and day_0_labels.npy int32 [n, 1].
+"""
+
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from torchrec.datasets.criteo import (
+    CAT_FEATURE_COUNT,
+    DEFAULT_CAT_NAMES,
+    INT_FEATURE_COUNT,
+    BinaryCriteoUtils,
+)
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+KINDS: Final = ("dense", "sparse", "labels")
+DTYPES: Final = {"dense": ["float32"], "sparse": ["int32", "int64"], "labels": ["int32"]}
+COLUMNS: Final = {"dense": INT_FEATURE_COUNT, "sparse": CAT_FEATURE_COUNT, "labels": 1}
+
+Samples = dict[str, NDArray[Any]]
+"""Kind -> values [n, columns]."""
+
+
+@dataclass(frozen=True)
+class Day:
+    """The three files of a day, whose headers have been checked."""
+
+    files: dict[str, Path]  # by kind
+    samples: int
+    wide: bool  # ids are int64
+
+    def read(self, start: int, stop: int) -> Samples:
+        """Samples start to stop, from the disk."""
+        return {
+            kind: BinaryCriteoUtils.load_npy_range(str(path), start, stop - start)
+            for kind, path in self.files.items()
+        }
+
+
+def find_days(folder: Path) -> list[Day]:
+    """The days in a folder, in order of their numbers.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is not what it should be; the message names it.
+    """
+    stems = {
+        path.name.removesuffix(f"_{kind}.npy")
+        for kind in KINDS
+        for path in folder.glob(f"day_*_{kind}.npy")
+    }
+    numbers = {stem: stem.removeprefix("day_") for stem in stems}
+    if odd := sorted(stem for stem, number in numbers.items() if not number.isdecimal()):
+        raise ValueError(f"{folder / odd[0]}_*.npy: days are named day_0, day_1 and so on.")
+    if len(stems) < 2:
+        raise FileNotFoundError(
+            f"{folder} holds {len(stems)} days of Criteo data. Expected at least two, the last of "
+            "which is held out: day_0_dense.npy, day_0_sparse.npy, day_0_labels.npy and so on, as "
+            "torchrec.datasets.scripts.npy_preproc_criteo makes them."
+        )
+    return [_day(folder / stem) for stem in sorted(stems, key=lambda stem: int(numbers[stem]))]
+
+
+def _day(stem: Path) -> Day:
+    files = {kind: stem.with_name(f"{stem.name}_{kind}.npy") for kind in KINDS}
+    headers = {kind: _header(path, kind) for kind, path in files.items()}
+    lengths = {kind: rows for kind, (rows, _) in headers.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{files[kind].name} {rows:,}" for kind, rows in lengths.items())
+        raise ValueError(f"{stem.parent}: the files of a day differ in their rows: {found}.")
+    return Day(files, lengths["dense"], wide=headers["sparse"][1] == "int64")
+
+
+def _header(path: Path, kind: str) -> tuple[int, str]:
+    """Rows and dtype of a file of a kind."""
+    with path.open("rb") as file:
+        try:
+            np.lib.format.read_magic(file)
+            shape, column_order, dtype = np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not an npy file, or truncated: {error}.") from error
+        offset = file.tell()
+    if dtype.name not in DTYPES[kind] or not dtype.isnative:
+        raise ValueError(f"{path} holds {dtype}; expected {' or '.join(DTYPES[kind])}.")
+    if len(shape) != 2 or shape[1] != COLUMNS[kind] or shape[0] == 0:
+        expected = f"[samples, {COLUMNS[kind]}]"
+        raise ValueError(f"{path} has the shape {list(shape)}; expected {expected}.")
+    if column_order:
+        raise ValueError(f"{path} is stored by column; save np.ascontiguousarray of it.")
+    expected_bytes, found = offset + shape[0] * shape[1] * dtype.itemsize, path.stat().st_size
+    if found != expected_bytes:
+        fault = "truncated" if found < expected_bytes else "too long"
+        raise ValueError(
+            f"{path} is {fault}: {found:,} bytes, where {shape[0]:,} rows are {expected_bytes:,}."
+        )
+    return shape[0], dtype.name
+
+
+class Days:
+    """Days in a row as one sequence of samples, without the bad ones.
+
+    Args:
+        days: in order.
+        bad: numbers of the samples to leave out, ascending, counted over the days.
+    """
+
+    def __init__(self, days: Sequence[Day], bad: NDArray[np.int64] | None = None) -> None:
+        self.days = list(days)
+        self.starts = np.cumsum([0, *(day.samples for day in days)])
+        self.bad = np.zeros(0, np.int64) if bad is None else bad
+        # The good sample before which each bad one lies.
+        self._good_before = self.bad - np.arange(len(self.bad))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1]) - len(self.bad)
+
+    def pieces(self, start: int, stop: int) -> Iterable[tuple[Day, int, int]]:
+        """The parts of the files with samples start to stop, bad ones counted."""
+        for day, first in zip(self.days, self.starts, strict=False):
+            low, high = max(start - first, 0), min(stop - first, day.samples)
+            if low < high:
+                yield day, int(low), int(high)
+
+    def read(self, start: int, stop: int) -> Samples:
+        """Samples start to stop of the good ones, start < stop."""
+        first, last = (
+            good + int(np.searchsorted(self._good_before, good, side="right"))
+            for good in (start, stop - 1)
+        )
+        parts = [day.read(low, high) for day, low, high in self.pieces(first, last + 1)]
+        bad = self.bad[np.searchsorted(self.bad, first) : np.searchsorted(self.bad, last)] - first
+        samples = {}
+        for kind in KINDS:
+            values = np.concatenate([part[kind] for part in parts])
+            samples[kind] = np.delete(values, bad, axis=0) if len(bad) else values
+        return samples
+
+
+class Batches(Dataset[Batch]):
+    """This rank's share of each global batch, by its number.
+
+    Batch k is samples [k * batch_size, (k + 1) * batch_size) of a sequence, and the ranks share it
+    in order, so that what is trained does not depend on how many they are.
+
+    Args:
+        days: the sequence.
+        part: its samples start to stop.
+        rows: of each table.
+        modulo: whether ids are taken modulo the rows.
+        batch_size: samples, all ranks.
+        whole: leaves out the last batch if it is not full.
+        order_seed: takes the batches of each pass in another random order; None: in order.
+    """
+
+    def __init__(
+        self,
+        days: Days,
+        part: range,
+        *,
+        rows: Sequence[int],
+        modulo: bool,
+        batch_size: int,
+        whole: bool = False,
+        order_seed: int | None = None,
+    ) -> None:
+        self._days, self._part, self._batch_size = days, part, batch_size
+        self._modulo = np.array(rows) if modulo else None
+        wide = any(day.wide for day in days.days) and not modulo
+        self._id_dtype = np.int64 if wide else np.int32
+        self._order_seed = order_seed
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self.steps = len(part) // batch_size if whole else -(-len(part) // batch_size)
+        """Batches in a pass."""
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """Batch of a step, counted from 0 over all passes."""
+        number = self._number(step)
+        batch = self._part[number * self._batch_size : (number + 1) * self._batch_size]
+        # As torch.tensor_split has it: the first ranks have one sample more.
+        size, more = divmod(len(batch), self._ranks)
+        start = self._rank * size + min(self._rank, more)
+        share = batch[start : start + size + (self._rank < more)]
+        return self._batch(share)
+
+    def _number(self, step: int) -> int:
+        epoch, number = divmod(step, self.steps)
+        if self._order_seed is None:
+            return number
+        if epoch not in self._orders:
+            random = np.random.default_rng([self._order_seed, epoch])
+            self._orders = {epoch: random.permutation(self.steps)}
+        return int(self._orders[epoch][number])
+
+    def _batch(self, share: range) -> Batch:
+        if share:
+            samples = self._days.read(share.start, share.stop)
+        else:  # fewer samples than ranks
+            samples = {kind: value[:0] for kind, value in self._days.read(0, 1).items()}
+        ids = samples["sparse"]
+        if self._modulo is not None:
+            ids = ids % self._modulo
+        ids = np.ascontiguousarray(ids.T, dtype=self._id_dtype).reshape(-1)
+        return Batch(
+            dense_features=torch.from_numpy(samples["dense"]),
+            sparse_features=KeyedJaggedTensor(
+                keys=DEFAULT_CAT_NAMES,
+                values=torch.from_numpy(ids),
+                lengths=torch.ones(len(ids), dtype=torch.int32),
+                stride=len(share),
+            ),
+            labels=torch.from_numpy(samples["labels"].reshape(-1)),
+        )
+
+
+def loader(batches: Batches, steps: range, workers: int) -> DataLoader[Batch]:
+    """The batches of some steps, read ahead by processes."""
+    return DataLoader(
+        batches,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_ignore_sigterm,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    # Schedulers send it to every process of a job; the rank still needs its batches to end well.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

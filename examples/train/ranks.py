@@ -1,0 +1,44 @@
+"""What the ranks do together: they agree on errors, so that none waits for one that has failed."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A body that may fail on some ranks; then all of them raise.
+
+    Every rank must enter it, and the body may not wait for other ranks.
+
+    Raises:
+        ValueError: the same on every rank: what the body raised as a ValueError or OSError.
+    """
+    failure: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failure = error
+    messages = gather(None if failure is None else str(failure))
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        message = messages[failed[0]]
+        if set(messages) != {message}:
+            message = f"on rank {failed[0]} ({len(failed)} of {len(messages)} failed): {message}"
+        raise ValueError(message) from failure
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
