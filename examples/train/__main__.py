@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 
 from examples.checkpoint import Checkpoints
 from examples.dlrm import optimizer_bytes
@@ -81,10 +82,14 @@ def train(settings: Settings, device: torch.device) -> None:
     last_day = Days(days[-1:], bad[bad >= first_held_out] - first_held_out)
     half = (len(last_day) + 1) // 2  # as TorchRec halves it
     valid, test = range(half), range(half, len(last_day))
-    if len(train_days) < settings.batch_size or not test:
+    if len(train_days) < settings.batch_size:
         raise ValueError(
-            f"batch_size {settings.batch_size} is more than the {len(train_days)} train samples, "
-            f"or the {len(last_day)} of the last day are too few to hold out."
+            f"batch_size {settings.batch_size} is more than the {len(train_days)} train samples."
+        )
+    if len(test) < dist.get_world_size():
+        raise ValueError(
+            f"The last day's {len(last_day)} samples are too few to hold out: each half needs one "
+            f"for each of the {dist.get_world_size()} ranks."
         )
 
     def batches(days: Days, part: range, batch_size: int, **options: Any) -> Batches:
@@ -92,6 +97,7 @@ def train(settings: Settings, device: torch.device) -> None:
         return Batches(days, part, rows=rows, modulo=modulo, batch_size=batch_size, **options)
 
     evaluation = settings.evaluation
+    some = evaluation.samples and max(evaluation.samples, dist.get_world_size())
     training = build(settings, rows, device)
     lasting = {**settings.lasting(), "train samples": len(train_days), "rows": rows}
     loop = Loop(
@@ -105,7 +111,7 @@ def train(settings: Settings, device: torch.device) -> None:
             order_seed=settings.seed if settings.data.shuffle else None,
         ),
         {
-            "some": batches(last_day, valid[: evaluation.samples], evaluation.batch_size),
+            "some": batches(last_day, valid[:some], evaluation.batch_size),
             "valid": batches(last_day, valid, evaluation.batch_size),
             "test": batches(last_day, test, evaluation.batch_size),
         },
@@ -133,6 +139,19 @@ def train(settings: Settings, device: torch.device) -> None:
         print(summary.table(), flush=True)
 
 
+def connect(backend: str) -> None:
+    """Starts the process group.
+
+    torchrun keeps one store over its restarts, in which the ranks would find the addresses of those
+    that have died, and wait for them (pytorch/pytorch#135712). So each start has keys of its own.
+    """
+    store, rank, ranks = next(rendezvous("env://"))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"start-{start}", store), rank=rank, world_size=ranks
+    )
+
+
 @record
 def main() -> None:
     first = int(os.environ.get("RANK", 0)) == 0
@@ -148,14 +167,17 @@ def main() -> None:
     # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
     warnings.filterwarnings("ignore", module="torchrec|torchmetrics")
     warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
+    warnings.filterwarnings("ignore", "fbgemm::dense_embedding", UserWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # TorchRec warns of each data-parallel table that it has no sharding spec.
+    logging.getLogger().setLevel(logging.ERROR)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    connect("nccl" if device.type == "cuda" else "gloo")
     try:
         train(settings, device)
         dist.barrier()  # no rank leaves while another still talks to it

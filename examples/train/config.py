@@ -42,7 +42,7 @@ class Data:
         bad_rows: what to do with samples that have an id out of range, a label that is not 0 or 1,
             or a dense feature that is no finite number.
         shuffle: whether to take the batches of an epoch in random order.
-        workers: processes of a rank that read ahead; 0: none.
+        threads: of a rank that read batches ahead, one each.
     """
 
     folder: Path | None = None
@@ -52,7 +52,7 @@ class Data:
     scan: bool = True
     bad_rows: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
-    workers: int = 1
+    threads: int = 2
 
     def __post_init__(self) -> None:
         if self.folder is None and self.synthetic is None:
@@ -60,8 +60,7 @@ class Data:
                 "No data: give data.folder, or data.synthetic to train on made-up samples."
             )
         _at_least(100, self, "data.synthetic")
-        _at_least(1, self, "data.rows", "data.max_rows")
-        _at_least(0, self, "data.workers")
+        _at_least(1, self, "data.rows", "data.max_rows", "data.threads")
         if self.rows is None and not self.scan:
             raise ValueError("data.scan is off, so the tables' rows are unknown: give data.rows.")
         if self.rows is not None and len(self.rows) != CAT_FEATURE_COUNT:

@@ -4,8 +4,10 @@ A day is three files as TorchRec makes them: day_0_dense.npy float32 [n, 13], da
 or int64 [n, 26], and day_0_labels.npy int32 [n, 1].
 """
 
-import signal
-from collections.abc import Iterable, Sequence
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 from torchrec.datasets.criteo import (
     CAT_FEATURE_COUNT,
     DEFAULT_CAT_NAMES,
@@ -147,11 +148,12 @@ class Days:
         return samples
 
 
-class Batches(Dataset[Batch]):
+class Batches:
     """This rank's share of each global batch, by its number.
 
     Batch k is samples [k * batch_size, (k + 1) * batch_size) of a sequence, and the ranks share it
-    in order, so that what is trained does not depend on how many they are.
+    in order, so that what is trained does not depend on how many they are. No rank goes without:
+    a rest of fewer samples than ranks is part of the batch before it.
 
     Args:
         days: the sequence.
@@ -159,7 +161,7 @@ class Batches(Dataset[Batch]):
         rows: of each table.
         modulo: whether ids are taken modulo the rows.
         batch_size: samples, all ranks.
-        whole: leaves out the last batch if it is not full.
+        whole: leaves out what does not fill a batch.
         order_seed: takes the batches of each pass in another random order; None: in order.
     """
 
@@ -180,17 +182,17 @@ class Batches(Dataset[Batch]):
         self._id_dtype = np.int64 if wide else np.int32
         self._order_seed = order_seed
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._orders: dict[int, NDArray[np.int64]] = {}
-        self.steps = len(part) // batch_size if whole else -(-len(part) // batch_size)
+        full, rest = divmod(len(part), batch_size)
+        self._all = not whole
+        self.steps = full if whole else max(full + (rest >= self._ranks), 1)
         """Batches in a pass."""
-
-    def __len__(self) -> int:
-        return self.steps
 
     def __getitem__(self, step: int) -> Batch:
         """Batch of a step, counted from 0 over all passes."""
         number = self._number(step)
-        batch = self._part[number * self._batch_size : (number + 1) * self._batch_size]
+        batch = self._part[number * self._batch_size :]
+        if number < self.steps - 1 or not self._all:
+            batch = batch[: self._batch_size]
         # As torch.tensor_split has it: the first ranks have one sample more.
         size, more = divmod(len(batch), self._ranks)
         start = self._rank * size + min(self._rank, more)
@@ -201,16 +203,10 @@ class Batches(Dataset[Batch]):
         epoch, number = divmod(step, self.steps)
         if self._order_seed is None:
             return number
-        if epoch not in self._orders:
-            random = np.random.default_rng([self._order_seed, epoch])
-            self._orders = {epoch: random.permutation(self.steps)}
-        return int(self._orders[epoch][number])
+        return int(_order(self._order_seed, epoch, self.steps)[number])
 
     def _batch(self, share: range) -> Batch:
-        if share:
-            samples = self._days.read(share.start, share.stop)
-        else:  # fewer samples than ranks
-            samples = {kind: value[:0] for kind, value in self._days.read(0, 1).items()}
+        samples = self._days.read(share.start, share.stop)
         ids = samples["sparse"]
         if self._modulo is not None:
             ids = ids % self._modulo
@@ -227,18 +223,27 @@ class Batches(Dataset[Batch]):
         )
 
 
-def loader(batches: Batches, steps: range, workers: int) -> DataLoader[Batch]:
-    """The batches of some steps, read ahead by processes."""
-    return DataLoader(
-        batches,
-        sampler=steps,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_ignore_sigterm,
-        pin_memory=torch.cuda.is_available(),
-    )
+@functools.lru_cache(maxsize=2)  # threads may be on either side of an epoch's end
+def _order(seed: int, epoch: int, steps: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(steps)
 
 
-def _ignore_sigterm(worker: int) -> None:
-    # Schedulers send it to every process of a job; the rank still needs its batches to end well.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def read_ahead(batches: Batches, steps: range, threads: int) -> Iterator[Batch]:
+    """The batches of some steps in order, each thread one ahead. Pinned where there is a GPU.
+
+    Threads, as reading files and copying arrays leave Python to others; processes would have to be
+    told apart from the ranks by whoever sends signals to a job.
+    """
+
+    def read(step: int) -> Batch:
+        batch = batches[step]
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    with ThreadPoolExecutor(threads, "read") as pool:
+        pending: deque[Future[Batch]] = deque()
+        for step in steps:
+            pending.append(pool.submit(read, step))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -14,7 +14,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from examples.checkpoint import Checkpoints
 from examples.train.config import Settings
-from examples.train.data import Batches, loader
+from examples.train.data import Batches, read_ahead
 from examples.train.evaluate import evaluate, next_outputs
 from examples.train.model import Training, set_rates
 from examples.train.monitor import Monitor
@@ -98,7 +98,7 @@ class Loop:
 
     def _train_to(self, stop: int) -> None:
         """Some steps, after which nothing of them is left in the pipeline."""
-        source = iter(loader(self.train, range(self.step, stop), self.settings.data.workers))
+        source = read_ahead(self.train, range(self.step, stop), self.settings.data.threads)
         loss = torch.zeros((), device=self.device)
         summed = 0
         self.mark = time.monotonic()
@@ -155,7 +155,7 @@ class Loop:
         self.training.model.eval()
         for split in splits:
             batches = self.held_out[split]
-            source = iter(loader(batches, range(batches.steps), self.settings.data.workers))
+            source = read_ahead(batches, range(batches.steps), self.settings.data.threads)
             figures = evaluate(
                 self.pipeline,
                 source,

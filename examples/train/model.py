@@ -191,7 +191,7 @@ def make_plan(
         if dist.get_rank() == 0:
             try:
                 plan = planner.plan(module, sharders)
-            except PlannerError as error:
+            except (PlannerError, RuntimeError) as error:  # of its search, and before it
                 raise ValueError(f"No plan fits the planner's settings: {error}") from error
             if options.report:
                 print("\n".join(stats._stats_table), flush=True)
@@ -209,7 +209,7 @@ def draw_tables(
     Each block of rows has a seed of its own, so the weights do not depend on plan and ranks.
     """
     state = model.state_dict()
-    keys = {key.split(".")[-2]: key for key in state if ".embedding_bags." in key}
+    keys = {key.split(".")[-2]: key for key in state if "embedding_bags." in key}
     generator = torch.Generator(model.device)
     for number, table in enumerate(tables):
         rows, bound = table.num_embeddings, table.num_embeddings**-0.5
