@@ -204,6 +204,19 @@ def test_killed_rank_restarts(reference: Path, tmp_path: Path) -> None:
     assert min(figures["train/samples_per_second"].values()) > 0
 
 
+def test_figures_of_the_tables(reference: Path) -> None:
+    """Those that TensorBoard has at the end, from the counters of the checkpoint."""
+    figures, tensors = scalars(reference / "out"), content(reference / "out")
+    for name in DEFAULT_CAT_NAMES:
+        (counts,) = (tensors[path] for path in tensors if path.endswith(f"/{name}.row_counter"))
+        assert list(figures[f"{name}/lookups"]) == [6, 12, 18, STEPS]
+        assert figures[f"{name}/lookups"][STEPS] == counts.sum() == STEPS * BATCH
+        most = float(counts.max())
+        assert figures[f"{name}/count_max"][STEPS] == most
+        rate = 0.05 / math.sqrt(most + 0.03 * most**2 / STEPS) / figures[f"{name}/scale"][STEPS]
+        assert figures[f"{name}/lr_at_max"][STEPS] == pytest.approx(rate, rel=1e-4)
+
+
 @on_ranks(2)
 def resume(folder: Path, out: Path) -> None:
     run(folder, out)

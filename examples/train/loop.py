@@ -18,6 +18,7 @@ from examples.train.data import Batches, read_ahead
 from examples.train.evaluate import evaluate, next_outputs
 from examples.train.model import Training, set_rates
 from examples.train.monitor import Monitor
+from torchrec_freq import TrainingMonitor
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM ended."""
@@ -62,6 +63,9 @@ class Loop:
         self.terminated = False
         self._resume()
         self.monitor = Monitor(settings.out / "tensorboard", self.step)
+        self.tables = None
+        if settings.optimizer.name == "FrequencySGD":
+            self.tables = TrainingMonitor(training.model, every=1, write=self.monitor.log)
         self.pipeline = TrainPipelineSparseDist(
             training.model,
             training.optimizer,
@@ -135,8 +139,6 @@ class Loop:
         self.monitor.log(
             self.step, {"train/loss": mean, "train/lr": rate, "train/samples_per_second": speed}
         )
-        # Per-table figures (count quantiles, effective learning rates) plug in here: all ranks come
-        # here, and `self.training.model` has them.
         self.monitor.say(
             f"step {self.step:,} of {self.steps:,}: loss {mean:.4f}, lr {rate:g}, "
             f"{speed:,.0f} samples/s"
@@ -171,6 +173,8 @@ class Loop:
                 f"log loss {figures['log_loss']:.4f}"
             )
         self.training.model.train()
+        if self.tables is not None:  # counts and effective learning rates of each table
+            self.tables.step(self.step)
         self.progress.curve.append(point)
 
     def _stop_if_terminated(self, calls: list[int]) -> None:
