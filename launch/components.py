@@ -109,7 +109,12 @@ def dlrm(
             f"-j {j}: {ranks} ranks on a node with {host.gpu} GPUs. Each rank needs its own."
         )
 
-    defaults = {"OMP_NUM_THREADS": str(max(1, host.cpu // ranks))}
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, host.cpu // ranks)),
+        # Otherwise ranks that torchrun starts again find the addresses of the dead ones in its
+        # store, and wait for them.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     if max_restarts:
         # dist.ddp has no such option, but torchrun reads each of its options from PET_*.
         defaults["PET_MAX_RESTARTS"] = str(max_restarts)

@@ -331,6 +331,9 @@ def test_run_locally(stand_in: Path, tmp_path: Path) -> None:
         assert rank["env"].items() >= {"A": "1", "OMP_NUM_THREADS": "3"}.items()
         assert rank["env"]["WORLD_SIZE"] == "2"
     assert list((tmp_path / "logs").rglob("SUCCESS"))
+    # The store of the first attempt has the addresses of its ranks, so the second needs its own.
+    ports = {attempt: ranks[f"{attempt}-0"]["env"]["MASTER_PORT"] for attempt in "01"}
+    assert ports["0"] != ports["1"]
 
 
 def test_failed_run_locally(stand_in: Path, tmp_path: Path) -> None:
@@ -426,6 +429,7 @@ def test_sbatch_runs_on_two_nodes(stand_in: Path, tmp_path: Path) -> None:
         assert rank["env"]["OMP_NUM_THREADS"] == "6"
         assert rank["env"]["TORCHELASTIC_RUN_ID"] == slurm.variables["SLURM_JOB_ID"]
         assert rank["env"]["TORCHELASTIC_MAX_RESTARTS"] == "3"
+        assert rank["env"]["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert "--cpus-per-task=6" in (slurm.folder / "srun-options").read_text().split()
     assert not slurm.requeued()
 
