@@ -27,6 +27,7 @@ from models import TABLES, full_weights, make_collection, shard
 from numpy.typing import NDArray
 from ranks import on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_launch import run_locally
 from test_sharding import make_plan
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchmetrics.classification import BinaryAUROC
@@ -172,6 +173,22 @@ class Launch:
     def printed(self) -> str:
         self.log.seek(0)
         return self.log.read()
+
+
+def test_under_torchx(reference: Path, tmp_path: Path) -> None:
+    """As the README says, to the end: the same as on two ranks that were started by hand."""
+    out = tmp_path / "out"
+    more = ("--checkpoint.keep", "100")
+    launched = run_locally(
+        REPOSITORY,
+        tmp_path / "torchx",
+        *("-j", "1x2", "--", *arguments(reference / "data", out, *more)),
+    )
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert_same(out, reference / "out")
+    ours, theirs = scalars(out), scalars(reference / "out")
+    assert ours.keys() == theirs.keys() > {"train/loss", "test/auc"}
+    assert ours["test/auc"] == theirs["test/auc"]
 
 
 def test_killed_rank_restarts(reference: Path, tmp_path: Path) -> None:
