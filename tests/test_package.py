@@ -54,11 +54,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-def test_wheel_contains_modules_specs_and_the_typing_marker_and_no_more(
+def test_wheel_contains_modules_their_data_and_the_typing_marker_and_no_more(
     wheel: zipfile.ZipFile,
 ) -> None:
     package = ROOT / "torchrec_freq"
-    files = [*package.rglob("*.py"), *package.glob("specs/*.toml"), package / "py.typed"]
+    files = [*package.rglob("*.py"), package / "py.typed"]
+    files += [*package.glob("specs/*.toml"), *package.glob("templates/*.html")]
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == {str(path.relative_to(ROOT)) for path in files}
 

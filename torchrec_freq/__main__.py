@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq import count, doctor, plan
+from torchrec_freq import count, doctor, plan, report
 
-COMMANDS: Final = {"count": count, "doctor": doctor, "plan": plan}
+COMMANDS: Final = {"count": count, "doctor": doctor, "plan": plan, "report": report}
 """Modules with a ``HELP`` line, ``add_arguments(parser)``, and ``run(arguments)``, which may return
 an exit status."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -110,18 +111,48 @@ def load_counts(path: str | os.PathLike[str]) -> CountsFile:
         OSError: the file is missing or cannot be read.
     """
     path = Path(path)
-    with path.open("rb"):  # with Python's own errors; the library's name no file for a folder
-        pass
-    try:
-        with safe_open(path, framework="pt") as file:
-            steps = _check_metadata(path, file.metadata() or {})
-            names = file.keys()
-            return CountsFile({name: _read(path, file, name) for name in names}, steps)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}). Copy it again, or write it "
-            "with torchrec_freq.save_counts."
-        ) from error
+    with _open(path) as file:
+        steps = _check_metadata(path, file.metadata() or {})
+        counts: dict[str, Tensor] = {}
+        names = file.keys()
+        for name in names:
+            _rows(path, file, name)
+            counts_R = _checked(path, name, file.get_tensor(name))  # memory-mapped
+            counts[name] = counts_R.to(
+                torch.int64, copy=True
+            )  # nothing refers to the file any more
+        return CountsFile(counts, steps)
+
+
+def counts_layout(path: Path) -> tuple[dict[str, int], int | None]:
+    """Rows of each table in a file of counts, and the steps; reads no count.
+
+    Raises:
+        ValueError, OSError: as of :func:`load_counts`.
+    """
+    with _open(path) as file:
+        steps = _check_metadata(path, file.metadata() or {})
+        names = file.keys()
+        return {name: _rows(path, file, name) for name in names}, steps
+
+
+def count_blocks(path: Path, name: str, block_rows: int) -> Iterator[Tensor]:
+    """A table's counts from a file of them, ``block_rows`` rows after another.
+
+    Yields:
+        int32 or int64 [rows of the block].
+
+    Raises:
+        ValueError, OSError: as of :func:`load_counts`.
+    """
+    start, rows = 0, 1
+    while start < rows:
+        # Opened anew for each block, or what has been read stays mapped.
+        with _open(path) as file:
+            rows = _rows(path, file, name)
+            block_R = file.get_slice(name)[start : start + block_rows]
+        yield _checked(path, name, block_R)
+        start += block_rows
 
 
 def _storable(name: str, counts_R: Tensor) -> Tensor:
@@ -153,8 +184,23 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> int | None:
     return int(steps)
 
 
-def _read(path: Path, file: Any, name: str) -> Tensor:
-    """int64 [rows] copy of a table's counts: nothing refers to the file any more."""
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The library's view of a file, and its errors as ours."""
+    with path.open("rb"):  # with Python's own errors; the library's name no file for a folder
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}). Copy it again, or write it "
+            "with torchrec_freq.save_counts."
+        ) from error
+
+
+def _rows(path: Path, file: Any, name: str) -> int:
+    """Rows of a table, whose type and shape are checked."""
     stored = file.get_slice(name)
     dtype, shape = stored.get_dtype(), stored.get_shape()
     if dtype not in _DTYPES or len(shape) != 1:
@@ -162,14 +208,17 @@ def _read(path: Path, file: Any, name: str) -> Tensor:
             f"{path}: table {name!r} must be {' or '.join(_DTYPES)} of shape [num_embeddings]; got "
             f"{dtype} of shape {shape}. Write the file with torchrec_freq.save_counts."
         )
-    counts_R: Tensor = file.get_tensor(name)  # memory-mapped
+    return int(shape[0])
+
+
+def _checked(path: Path, name: str, counts_R: Tensor) -> Tensor:
     try:
         check_counts(name, counts_R)
     except ValueError as error:
         raise ValueError(
             f"{path}: {error} The file is damaged, or was not written by torchrec_freq."
         ) from error
-    return counts_R.to(torch.int64, copy=True)
+    return counts_R
 
 
 def _sync(path: Path) -> None:

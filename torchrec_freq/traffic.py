@@ -94,6 +94,21 @@ def sample_bin_counts(counts_R: Tensor, max_rows: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ZipfFit:
+    """A line through the rank-frequency plot: ``count = first * rank ** -exponent``.
+
+    Attributes:
+        exponent: of Zipf's law; 0 where all rows are equally frequent.
+        first: count of rank 1 on the line.
+        last_rank: the fit is over the ranks 1 to this one.
+    """
+
+    exponent: float
+    first: float
+    last_rank: float
+
+
+@dataclass(frozen=True)
 class CountHistogram:
     """Rows by how often they are looked up.
 
@@ -147,6 +162,36 @@ class CountHistogram:
         rows_B, lookups_B = np.cumsum(self.rows_B[::-1]), np.cumsum(self.lookups_B[::-1])
         covered = np.interp(rows, np.append(0, rows_B), np.append(0, lookups_B))
         return float(covered) / self.lookups
+
+    def ranks(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Of each bin of rows that were seen, the most frequent first.
+
+        Returns:
+            [bins] rank of its first row, from 1, and of its last; and their mean count.
+        """
+        seen_B = self.lookups_B > 0
+        rows_B, lookups_B = self.rows_B[seen_B][::-1], self.lookups_B[seen_B][::-1]
+        last_B = np.cumsum(rows_B)
+        return last_B - rows_B + 1, last_B, lookups_B / rows_B
+
+    def zipf(self, min_count: int = 10) -> ZipfFit | None:
+        """Zipf's law, fitted to the rows with at least ``min_count`` lookups.
+
+        Least squares of the log of the count on the log of the rank, with the same weight for equal
+        lengths of the log of the rank, as the eye sees it in the plot. Rarer rows are left out: the
+        order in which chance puts them bends the line down.
+
+        Returns:
+            None for fewer than 10 such rows, or where all have about the same count.
+        """
+        first_B, last_B, count_B = (values[self.ranks()[2] >= min_count] for values in self.ranks())
+        if len(count_B) < 2 or last_B[-1] < 10:
+            return None
+        weight_B = np.log((last_B + 0.5) / (first_B - 0.5))
+        x_B, y_B = (np.log(first_B) + np.log(last_B)) / 2, np.log(count_B)
+        x, y = np.average(x_B, weights=weight_B), np.average(y_B, weights=weight_B)
+        slope = weight_B @ ((x_B - x) * (y_B - y)) / (weight_B @ (x_B - x) ** 2)
+        return ZipfFit(float(-slope), float(np.exp(y - slope * x)), float(last_B[-1]))
 
     def expected_distinct(self, lookups: float) -> float:
         r"""Distinct rows among ``lookups`` lookups, :math:`\sum_i 1 - (1 - p_i)^N`."""
