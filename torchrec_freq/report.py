@@ -1,8 +1,7 @@
 """What stored counts say of the tables: how skewed, at which rates, how cacheable, how balanced.
 
 FILE is a file of counts, or the folder of a checkpoint of torch.distributed.checkpoint that has the
-fused optimizer's state. Memory holds a block of the counts at a time. With -o also a page with
-plots, the plots alone and JSON.
+fused optimizer's state. Memory holds a block of the counts at a time.
 """
 
 from __future__ import annotations
@@ -239,9 +238,9 @@ def text_tables(reports: Sequence[TableReport], settings: Settings) -> list[Text
     return [
         TextTable(
             "Rows and lookups",
-            "Zipf: exponent s of count ~ rank^-s, by least squares in the log-log plot, over ranks 1 "
-            "to the one named, of rows with at least 10 lookups. Top: share of the lookups that go "
-            "to so many of the rows, the most frequent ones.",
+            "Zipf: exponent s of count ~ rank^-s, by least squares in the log-log plot, over the "
+            "ranks 1 to the one named, of rows with at least 10 lookups. Top: share of the lookups "
+            "that go to so many of the rows, the most frequent ones.",
             ["table", "rows", "never seen", "lookups", "Zipf", "to rank"]
             + [f"top {_percent(x)}" for x in TOP_SHARES],
             lines(skew),
@@ -311,9 +310,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="also write report.html (one file, plots inside), report.json and a PNG a table here; "
-        "needs the extra torchrec-freq[report]",
+        help="also write report.html (one file, plots inside) and a PNG a table here; needs the "
+        "extra torchrec-freq[report]",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument(
         "--batch-lookups",
         type=_positive,
@@ -398,9 +398,10 @@ def run(arguments: argparse.Namespace) -> None:
     print("\n".join(map(markdown, parts)))
     if output is not None:
         page.write(output, reports, plots, parts)
-        values = [dataclasses.asdict(report) for report in reports]
-        (output / "report.json").write_text(json.dumps(values, indent=1) + "\n")
-        print(f"{output}: report.html, report.json and {len(plots)} plots")
+        print(f"{output}: report.html and {len(plots)} plots")
+    if arguments.json is not None:
+        values = json.dumps([dataclasses.asdict(report) for report in reports], indent=1)
+        arguments.json.write_text(values + "\n")
 
 
 def _page() -> Any:

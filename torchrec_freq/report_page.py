@@ -33,7 +33,7 @@ def plot(
     if report.lookups:
         _plot_frequency(frequency, report, histogram)
         _plot_coverage(coverage, histogram)
-        _plot_rates(rates, table, histogram, settings)
+        _plot_rates(rates, report, table, settings)
         _plot_caches(caches, report, histogram, settings)
     else:
         frequency.set_title("no lookups")
@@ -86,16 +86,17 @@ def _plot_coverage(axes: Any, histogram: CountHistogram) -> None:
     axes.set(xlabel="share of the rows", ylabel="share of the lookups")
 
 
-def _plot_rates(
-    axes: Any, table: StoredTable, histogram: CountHistogram, settings: Settings
-) -> None:
-    counts = np.geomspace(1, max(histogram.quantile(1), 2), 101)
+def _plot_rates(axes: Any, report: TableReport, table: StoredTable, settings: Settings) -> None:
+    counts = np.geomspace(1, max(*report.counts.values(), 2), 101)
     rates, unit = rates_of(table, counts.tolist(), settings)
     if not rates:
         axes.set_title("Learning rate: steps not known")
         return
     axes.loglog(counts, rates)
-    axes.set(title="Learning rate", xlabel="count", ylabel=unit)
+    for name, marker in zip(report.rates, "osD*", strict=True):
+        axes.loglog(report.counts[name], report.rates[name], marker, color="C1", label=name)
+    axes.legend(title="rows seen")
+    axes.set(title="Learning rate", xlabel="count", ylabel=unit or "rate")
 
 
 def _plot_caches(
