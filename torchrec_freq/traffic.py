@@ -66,7 +66,8 @@ def sample_bin_counts(counts_R: Tensor, max_rows: int) -> Tensor:
 
     Rows with at least ``1/m`` of the lookups, of which there are ``m`` at most, are all taken; of
     the others one at random from each of ``m`` equal parts of the table, always the same. Two
-    passes over the counts find the frequent rows; only ``2 m`` rows are binned.
+    passes over the counts find the frequent rows; only ``2 m`` rows are binned. It is meant for
+    GPUs, where many rows that fall into one bin wait for each other; on a CPU it saves little.
 
     The standard error of any share of the rows is at most :math:`1 / (2 \sqrt m)`, that of any
     share of the lookups at most :math:`\sqrt R / m` (each row left out has at most ``1/m`` of
@@ -79,8 +80,8 @@ def sample_bin_counts(counts_R: Tensor, max_rows: int) -> Tensor:
     if rows <= max_rows:
         return bin_counts(counts_R).to(torch.float64)
     chunks = counts_R.split(_CHUNK_ROWS)
-    sums = [chunk_R.clamp(max=COUNT_CEILING).sum(dtype=torch.int64) for chunk_R in chunks]
-    threshold = (torch.stack(sums).sum() / max_rows).clamp(min=1)
+    lookups = torch.stack([chunk_R.sum(dtype=torch.int64) for chunk_R in chunks]).sum()
+    threshold = (-(-lookups // max_rows)).clamp(min=1)
     frequent = bin_counts(torch.cat([chunk_R[chunk_R >= threshold] for chunk_R in chunks]))
     generator = torch.Generator(counts_R.device).manual_seed(0)
     place_M = torch.rand(
