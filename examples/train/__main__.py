@@ -2,9 +2,13 @@
 
     torchrun --standalone --nproc-per-node 2 -m examples.train --config examples/train/smoke.yaml
 
-The same on two CPU ranks (gloo) and on many GPUs (nccl). --help lists the settings.
+The same on two CPU ranks (gloo) and on many GPUs (nccl). --help lists the settings. Run again, it
+goes on from the last checkpoint, on any number of ranks; SIGTERM makes one and ends it with code
+143 (torchrun waits --shutdown-timeout seconds for that, 30 unless told).
 """
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -143,20 +147,22 @@ def connect(backend: str) -> None:
     """Starts the process group.
 
     torchrun keeps one store over its restarts, in which the ranks would find the addresses of those
-    that have died, and wait for them (pytorch/pytorch#135712). So each start has keys of its own.
+    that have died, and wait for them (pytorch/pytorch#135712). So each restart has keys of its own.
+    Hosts that were replaced count restarts anew; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun
+    take a new store each time, for them too.
     """
     store, rank, ranks = next(rendezvous("env://"))
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(f"start-{start}", store), rank=rank, world_size=ranks
-    )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 
 @record
 def main() -> None:
     first = int(os.environ.get("RANK", 0)) == 0
     try:
-        settings = parse()
+        with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+            settings = parse()  # prints help, once
         if "RANK" not in os.environ:
             raise ValueError("Start it with torchrun, which sets the ranks (see --help).")
         settings.for_ranks(int(os.environ["WORLD_SIZE"]))

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -28,15 +28,18 @@ def evaluate(
     """
     # Checking the arguments would wait for the device at each batch.
     auc = BinaryAUROC(thresholds=thresholds, validate_args=False).to(device)
-    log_loss = MeanMetric(nan_strategy="ignore").to(device)
+    log_loss, samples = torch.zeros(2, dtype=torch.float64, device=device)  # sums
     while (outputs := next_outputs(pipeline, source)) is not None:
         _, logits, labels = outputs
         logits = logits.float()
         auc.update(logits.sigmoid(), labels.int())
         losses = binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-        log_loss.update(losses)
+        log_loss += losses.sum()
+        samples += len(losses)
         after_batch()
-    return {"auc": float(auc.compute()), "log_loss": float(log_loss.compute())}
+    sums = torch.stack([log_loss, samples])
+    dist.all_reduce(sums)
+    return {"auc": float(auc.compute()), "log_loss": float(sums[0] / sums[1])}
 
 
 def next_outputs(

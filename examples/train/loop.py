@@ -151,7 +151,8 @@ class Loop:
 
     def _evaluate(self, *splits: str) -> None:
         """Adds a point to the curve, unless a resumed run has it."""
-        if self.progress.curve and self.progress.curve[-1]["step"] == self.step:
+        curve = self.progress.curve
+        if curve and curve[-1]["step"] == self.step:
             return
         point: dict[str, Any] = {"step": self.step}
         self.training.model.eval()
@@ -175,7 +176,7 @@ class Loop:
         self.training.model.train()
         if self.tables is not None:  # counts and effective learning rates of each table
             self.tables.step(self.step)
-        self.progress.curve.append(point)
+        curve.append(point)
 
     def _stop_if_terminated(self, calls: list[int]) -> None:
         """For a long evaluation: asks the other ranks every `log_every` calls."""

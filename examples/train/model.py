@@ -85,7 +85,6 @@ def build(settings: Settings, rows: Sequence[int], device: torch.device) -> Trai
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=settings.optimizer.dense_lr),
     )
-    # In this order, `set_rates` relies on it.
     return Training(model, CombinedOptimizer([model.fused_optimizer, dense]), dense)
 
 
