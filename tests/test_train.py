@@ -252,6 +252,11 @@ def test_sigterm_of_torchrun(reference: Path, tmp_path: Path) -> None:
     assert not (out / "summary.json").exists()
     resume(folder=reference / "data", out=out)
     assert_same(out, reference / "out")
+    curves = [
+        json.loads((folder / "summary.json").read_text())["curve"]
+        for folder in (out, reference / "out")
+    ]
+    assert curves[0] == curves[1]
 
 
 @on_ranks(2)

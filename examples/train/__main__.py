@@ -148,8 +148,8 @@ def connect(backend: str) -> None:
 
     torchrun keeps one store over its restarts, in which the ranks would find the addresses of those
     that have died, and wait for them (pytorch/pytorch#135712). So each restart has keys of its own.
-    Hosts that were replaced count restarts anew; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun
-    take a new store each time, for them too.
+    A host that was replaced counts them anew: with several hosts, start torchrun with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which gives each restart a new store.
     """
     store, rank, ranks = next(rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
