@@ -272,7 +272,7 @@ def test_sigterm_of_one_rank(reference: Path, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(Loop, "_save", save_and_terminate)
-        run(reference / "data", out)
+        run(reference / "data", out, "--evaluation.every", "null")
     assert stopped.value.code == 143
     assert {path.name for path in (out / "checkpoints").iterdir()} == {
         "step-00000004",
