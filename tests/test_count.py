@@ -24,9 +24,10 @@ import torch
 from safetensors.numpy import load_file
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
-from torchrec_freq import COUNT_CEILING, count
+from torchrec_freq import COUNT_CEILING
 from torchrec_freq.__main__ import COMMANDS, main
-from torchrec_freq.count import count_ids
+from torchrec_freq.commands import count
+from torchrec_freq.commands.count import count_ids
 from torchrec_freq.files import load_counts
 
 ROWS = 50

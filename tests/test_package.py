@@ -59,7 +59,7 @@ def test_wheel_contains_modules_their_data_and_the_typing_marker_and_no_more(
 ) -> None:
     package = ROOT / "torchrec_freq"
     files = [*package.rglob("*.py"), package / "py.typed"]
-    files += [*package.glob("specs/*.toml"), *package.glob("templates/*.html")]
+    files += [*package.rglob("*.toml"), *package.rglob("*.html")]
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == {str(path.relative_to(ROOT)) for path in files}
 

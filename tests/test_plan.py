@@ -11,7 +11,7 @@ import torch
 
 from torchrec_freq import save_counts
 from torchrec_freq.__main__ import main
-from torchrec_freq.plan import GB, OPTIMIZERS, SPECS, plan, read_spec
+from torchrec_freq.commands.plan import GB, OPTIMIZERS, SPECS, plan, read_spec
 
 SPEC = """
 batch_size = 512

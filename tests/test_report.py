@@ -23,11 +23,10 @@ from safetensors.torch import save_file
 from test_sharding import make_plan
 from torch import Tensor
 
-import torchrec_freq
-from torchrec_freq import COUNT_CEILING, save_counts
+from torchrec_freq import COUNT_CEILING, commands, save_counts
 from torchrec_freq.__main__ import main
+from torchrec_freq.commands.report import LOAD_FACTORS
 from torchrec_freq.register import frequency_modules
-from torchrec_freq.report import LOAD_FACTORS
 from torchrec_freq.row_state import RowShard, RowState
 from torchrec_freq.stored import open_stored
 from torchrec_freq.traffic import TableTraffic
@@ -386,8 +385,8 @@ def test_a_missing_extra_is_named(
 ) -> None:
     path = tmp_path / "counts.safetensors"
     save_counts(path, {"a": torch.tensor([1, 2])})
-    monkeypatch.delitem(sys.modules, "torchrec_freq.report_page", raising=False)
-    monkeypatch.delattr(torchrec_freq, "report_page", raising=False)
+    monkeypatch.delitem(sys.modules, "torchrec_freq.commands.report_page", raising=False)
+    monkeypatch.delattr(commands, "report_page", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["report", str(path), "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

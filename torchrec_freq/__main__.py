@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq import count, doctor, plan, report
+from torchrec_freq.commands import count, doctor, plan, report
 
 COMMANDS: Final = {"count": count, "doctor": doctor, "plan": plan, "report": report}
 """Modules with a ``HELP`` line, ``add_arguments(parser)``, and ``run(arguments)``, which may return

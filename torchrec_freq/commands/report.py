@@ -406,7 +406,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _page() -> Any:
     try:
-        from torchrec_freq import report_page
+        from torchrec_freq.commands import report_page
     except ImportError as error:
         raise ValueError(
             f"-o needs {error.name}: pip install 'torchrec-freq[report]', or do without -o."

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from torchrec_freq._versions import __version__
+from torchrec_freq.commands.report import POLICIES, Settings, TableReport, TextTable, rates_of
 from torchrec_freq.planner import MeasuredCacheStatistics
-from torchrec_freq.report import POLICIES, Settings, TableReport, TextTable, rates_of
 from torchrec_freq.stored import StoredTable
 from torchrec_freq.traffic import CountHistogram
 
@@ -53,7 +53,7 @@ def write(
     for number, (report, png) in enumerate(zip(reports, plots, strict=True), start=1):
         name = re.sub(r"[^\w.-]", "_", report.name)[:100]  # a file name cannot hold every table's
         (folder / f"{number:02}-{name}.png").write_bytes(png)
-    template = resources.files("torchrec_freq") / "templates" / "report.html"
+    template = resources.files("torchrec_freq.commands") / "templates" / "report.html"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     html = environment.from_string(template.read_text()).render(
         version=__version__,
