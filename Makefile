@@ -19,7 +19,7 @@ READY    := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo study study-full bench test test-next lint format clean distclean
+.PHONY: help setup demo study study-full bench test test-next lint format docs clean distclean
 
 # Ranks and test processes share the cores: one OpenMP thread each, or they slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -86,8 +86,12 @@ format: setup  ## let ruff rewrite the sources
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
+docs: setup  ## build the documentation into docs/_build/html
+	@$(PY) -m sphinx -W -n -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 clean:  ## remove build products and caches
-	@rm -rf build dist *.egg-info .ci/fbgemm-cpu/build .ci/fbgemm-cpu/*.egg-info
+	@rm -rf build dist docs/_build *.egg-info .ci/fbgemm-cpu/build .ci/fbgemm-cpu/*.egg-info
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache
 	@find torchrec_freq examples launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
