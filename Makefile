@@ -93,7 +93,7 @@ docs: setup  ## build the documentation into docs/_build/html
 clean:  ## remove build products and caches
 	@rm -rf build dist docs/_build *.egg-info .ci/fbgemm-cpu/build .ci/fbgemm-cpu/*.egg-info
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache
-	@find torchrec_freq examples launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find torchrec_freq docs examples launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove the environments, the downloaded data and results of runs
 	@rm -rf .venv .venv-next $(VENV) .data runs

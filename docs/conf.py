@@ -1,5 +1,11 @@
 """Settings of Sphinx for `make docs`."""
 
+import os
+import re
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
 from torchrec_freq import __version__
 
 project = "torchrec_freq"
@@ -11,8 +17,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx
 myst_enable_extensions = ["dollarmath"]
 # Links to a heading of a page, as GitHub makes them.
 myst_heading_anchors = 3
-# Links to files outside the pages are checked by tests/test_docs.py.
-suppress_warnings = ["myst.xref_missing"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -29,3 +33,32 @@ nitpick_ignore_regex = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"torchrec_freq {version}"
+
+
+PAGES = Path(__file__).parent
+README = PAGES.parent / "README.md"
+
+
+def adapt_links(app: Sphinx, page: str, source: list[str]) -> None:
+    """Lets pages be read in the repository and here: the index is the README and its contents.
+
+    A link to a file of the repository that is not a page becomes a download.
+    """
+    folder = PAGES
+    if page == "index":
+        folder, source[0] = README.parent, README.read_text() + source[0]
+
+    def adapt(match: re.Match[str]) -> str:
+        file = (folder / match[1]).resolve()
+        if not file.is_file():
+            return match[0]
+        target = "index.md" if file == README else os.path.relpath(file, PAGES)
+        download = "path:" if target.startswith("..") else ""
+        return f"]({download}{target}{match[2]})"
+
+    source[0] = re.sub(r"\]\(([\w./-]+)((?:#[\w-]+)?)\)", adapt, source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", adapt_links)

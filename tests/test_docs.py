@@ -91,6 +91,22 @@ def require(path: Path) -> None:
     assert path.exists(), path
 
 
+def help_of(program: str) -> str:
+    """What a module of the repository prints for --help."""
+    shown = io.StringIO()
+    arguments = mock.patch("sys.argv", [program, "--help"])
+    with arguments, contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        runpy.run_module(program, run_name="__main__")
+    return shown.getvalue()
+
+
+def program(command: str) -> None:
+    """The program has the arguments."""
+    name, *arguments = command.removeprefix("python -m ").split()
+    shown = help_of(name)
+    assert [word for word in arguments if not re.search(rf"{word}\b", shown)] == []
+
+
 def make_target(command: str) -> None:
     """The target exists, and its program has the flags of ARGS."""
     words = shlex.split(command)
@@ -101,15 +117,10 @@ def make_target(command: str) -> None:
     assert dry.returncode == 0, dry.stderr
     for word in words:
         if word.startswith("ARGS="):
-            flags = {flag for flag in shlex.split(word[5:]) if flag.startswith("--")}
-            program = re.search(rf"-m (examples\.\w+).*{re.escape(word[5:])}", dry.stdout)
-            assert program, dry.stdout
-            shown = io.StringIO()
-            arguments = mock.patch("sys.argv", [program[1], "--help"])
-            exits = contextlib.suppress(SystemExit)
-            with arguments, contextlib.redirect_stdout(shown), exits:
-                runpy.run_module(program[1], run_name="__main__")
-            assert flags <= set(re.findall(r"--[\w-]+", shown.getvalue())), word
+            flags = [flag for flag in shlex.split(word[5:]) if flag.startswith("--")]
+            name = re.search(rf"-m (examples\.\w+).*{re.escape(word[5:])}", dry.stdout)
+            assert name, dry.stdout
+            program(" ".join(["python -m", name[1], *flags]))
 
 
 def pip_requirements(command: str) -> None:
@@ -135,6 +146,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"make (setup|demo|study|study-full|bench|test|test-next|docs)\b.*": (
         "takes minutes, and a package index or data from the network",
         make_target,
+    ),
+    r"python -m examples\.bench profile": (
+        "takes ten seconds; tests/test_bench.py runs it on a small shape",
+        program,
     ),
     r"python -m pytest tests/\w+\.py": (
         "runs tests that run anyway",
