@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib
 import io
 import os
 import re
@@ -44,6 +45,11 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MODULES_WITH_EXAMPLES = [
+    path.stem
+    for path in sorted((ROOT / "torchrec_freq").glob("*.py"))
+    if ">>> " in path.read_text()
+]
 MADE_BY_SPHINX = {"{eval-rst}", "{toctree}"}
 
 
@@ -214,7 +220,8 @@ def run_command(command: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        # Two ranks need two GPUs, or none.
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=100,
@@ -374,6 +381,11 @@ def test_reference_has_every_public_name(html: Path) -> None:
         if getattr(value, "__module__", None) == planner.__name__ and name[0] != "_"
     ]
     assert [name for name in names if f'id="{name}"' not in page] == []
+
+
+@pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES)
+def test_examples_of_docstrings(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"torchrec_freq.{module}")).failed == 0
 
 
 def test_every_page_is_in_the_contents(html: Path) -> None:
