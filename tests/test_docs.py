@@ -46,8 +46,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES_WITH_EXAMPLES = [
-    path.stem
-    for path in sorted((ROOT / "torchrec_freq").glob("*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "torchrec_freq").rglob("*.py"))
     if ">>> " in path.read_text()
 ]
 MADE_BY_SPHINX = {"{eval-rst}", "{toctree}"}
@@ -385,7 +385,7 @@ def test_reference_has_every_public_name(html: Path) -> None:
 
 @pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES)
 def test_examples_of_docstrings(module: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"torchrec_freq.{module}")).failed == 0
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 
 def test_every_page_is_in_the_contents(html: Path) -> None:
