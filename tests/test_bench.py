@@ -68,8 +68,23 @@ def test_report(results: dict[str, Result], tmp_path: Path) -> None:
         load(tmp_path / "none")
 
 
-def test_profile_names_the_kernel() -> None:
-    assert "split_embedding_backward" in profile_tbe(SHAPE, CPU, steps=2)
+def test_profile_adds_up() -> None:
+    *_, total = rows = [
+        [float(cell) for cell in line.split("|")[2:5]]
+        for line in profile_tbe(SHAPE, CPU, steps=2).splitlines()
+        if line.startswith("|") and line[2] != "-" and "SGD |" not in line
+    ]
+    assert len(rows) == 14
+    for column in range(3):
+        assert sum(row[column] for row in rows[:-1]) == pytest.approx(total[column], abs=0.1)
+    assert total[2] > 0
+
+
+def test_profile_names_what_counts() -> None:
+    profile = profile_tbe(SHAPE, CPU, steps=2, lines=50)
+    (count,) = (line for line in profile.splitlines() if "aten::scatter_add_" in line)
+    assert count.split("|")[2].strip() == "0.00"
+    assert "fbgemm::split_embedding_backward_codegen_sgd_cpu" in profile
 
 
 def test_sweeps_vary_one_number() -> None:

@@ -34,6 +34,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from ranks import on_ranks
 
+from examples.train.config import parse as parse_settings
 from torchrec_freq import __main__ as command_line
 from torchrec_freq import _versions, planner
 
@@ -144,6 +145,26 @@ def pip_requirements(command: str) -> None:
             require(ROOT / requirement / ("setup.py" if ".ci" in requirement else "pyproject.toml"))
 
 
+def settings_of_training(command: str) -> None:
+    """The training program takes the settings."""
+    _, found, settings = command.partition(" --config ")
+    assert found, command
+    parse_settings(["--config", *shlex.split(settings)]).for_ranks(16)
+
+
+def dry_run(command: str) -> None:
+    """torchx makes a job of it, whose program takes the settings."""
+    assert "examples.train" in run_command(command.replace("torchx run ", "torchx run --dryrun "))
+    settings_of_training(command)
+
+
+def sbatch(command: str) -> None:
+    """There is such a script, whose program takes the settings."""
+    assert " launch/slurm.sbatch " in command
+    run_command("bash -n launch/slurm.sbatch")
+    settings_of_training(command)
+
+
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"git clone <this repository> && cd torchrec_freq": (
         "the reader knows where the repository is",
@@ -162,6 +183,14 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         lambda command: require(ROOT / command.split()[-1]),
     ),
     r"(\w+=\S+ )?pip install .*": ("takes a package index", pip_requirements),
+    r"torchx run -s (slurm|kubernetes) .*": ("takes a cluster", dry_run),
+    r"torchrun .*criteo\.yaml.*": ("takes 16 GPUs and the data", settings_of_training),
+    r"sbatch .*": ("takes a cluster", sbatch),
+    r"docker (build|push) .*": (
+        "takes Docker, which few machines have",
+        lambda command: require(ROOT / "launch" / "Dockerfile"),
+    ),
+    r"tensorboard .*": ("runs until it is stopped", lambda command: None),
 }
 """Commands that are not run: a pattern, why, and what is checked instead."""
 
@@ -179,6 +208,8 @@ def write_data() -> None:
     random = np.random.default_rng(0)
     for day in range(2):
         np.save(f"day_{day}_sparse.npy", random.integers(0, 1000, (64, 26), dtype=np.int32))
+    for name in ("examples", "launch", ".torchxconfig"):  # for commands given from the top
+        Path(name).symlink_to(ROOT / name)
     Path("data").mkdir()
     ids = {name: random.integers(0, 10**9, 64).tolist() for name in ("user", "item")}
     tags = {"tags": random.integers(0, 10**9, (64, 3)).tolist()}
