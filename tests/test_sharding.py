@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from models import TABLES, Pair, TableSpec
+import torch
+import torch.distributed as dist
+from models import (
+    LR,
+    TABLES,
+    Pair,
+    TableSpec,
+    full_weights,
+    make_batch,
+    make_collection,
+    sample_loss,
+    shard,
+    to_kjt,
+)
 from ranks import on_ranks, run_on_ranks
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import (
     column_wise,
     data_parallel,
@@ -17,6 +33,9 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import DataType
+
+from torchrec_freq import FrequencySGD
 
 # TorchRec's hand-made plans choose the dense kernel where only the sharder names an optimizer.
 FUSED = "fused"
@@ -156,3 +175,27 @@ def test_shards_of_one_row_and_of_none() -> None:
 @on_ranks(2)
 def test_opt_in_by_sharder() -> None:
     train("mixed", 2, by_sharder=True)
+
+
+@on_ranks(2)
+def test_half_precision_of_small_gradients() -> None:
+    """Rates beyond what float16 holds, in data-parallel tables as in sharded ones."""
+    trained = []
+    for kind, dtype in (("data_parallel", DataType.FP16), ("row_wise", DataType.FP32)):
+        torch.manual_seed(0)
+        collection = make_collection(TABLES, dtype=dtype)
+        start = {t.name: collection.embedding_bags[t.name].weight.detach() for t in TABLES}
+        options = {"lr": LR, "min_count": 1}
+        apply_optimizer_in_backward(FrequencySGD, collection.parameters(), options)
+        plan = make_plan(kind, TABLES, 2)
+        model = shard(collection, plan, EmbeddingBagCollectionSharder(), start)
+        rng = random.Random(dist.get_rank())
+        for _ in range(3):
+            outputs = model(to_kjt(make_batch(rng, TABLES, 4))).to_dict()
+            # Gradients of some 1e-5, so a rate of some 1e5 times lr.
+            (2e-4 * sample_loss({k: v.float() for k, v in outputs.items()}).sum()).backward()
+        trained.append(full_weights(model))
+    for t in TABLES:
+        half, full = (weights[t.name].float() for weights in trained)
+        assert (full - start[t.name]).abs().max() > 0.02
+        torch.testing.assert_close(half, full, rtol=0, atol=1e-3)

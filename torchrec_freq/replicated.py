@@ -107,8 +107,8 @@ class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
             start = self.weights_physical_offsets[table]
             weight_RD = self.weights.narrow(0, start, rows * dim).view(rows, dim)
             gradient_RD = gradient.narrow(0, start, rows * dim).view(rows, dim)
-            scaled_RD = gradient_RD * multiplier_R.unsqueeze(1).to(gradient.dtype)
-            weight_RD.sub_(scaled_RD, alpha=self.learning_rate)
+            # In float32 at least: the multiplier may be more than float16 holds.
+            weight_RD.sub_(gradient_RD * multiplier_R.unsqueeze(1), alpha=self.learning_rate)
         counters.end_step(config.half_life)
 
 
