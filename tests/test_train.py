@@ -894,6 +894,9 @@ def test_batch_of_all_ranks() -> None:
     settings.for_ranks(4)
     with pytest.raises(ValueError, match="batch_size 64 is not a multiple of the 3 ranks. Try 63"):
         settings.for_ranks(3)
+    settings = parse([*GIVEN, "--evaluation.batch_size", "3"])
+    with pytest.raises(ValueError, match=r"evaluation\.batch_size 3 is less than the 4 ranks"):
+        settings.for_ranks(4)
 
 
 def test_main_without_torchrun(

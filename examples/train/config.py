@@ -262,14 +262,20 @@ class Settings:
             raise ValueError("optimizer.frequency.count=frozen needs the file planner.counts.")
 
     def for_ranks(self, ranks: int) -> None:
-        """Refuses a number of ranks that the batch cannot be shared by.
+        """Refuses a number of ranks that the batches cannot be shared by.
 
-        Gradients are means over the ranks, so unequal shares would weigh samples unequally.
+        Gradients are means over the ranks, so unequal shares would weigh samples unequally. In an
+        evaluation they may be unequal, but no rank goes without.
         """
         if self.batch_size % ranks:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of the {ranks} ranks. "
                 f"Try {max(1, self.batch_size // ranks) * ranks}."
+            )
+        if self.evaluation.batch_size < ranks:
+            raise ValueError(
+                f"evaluation.batch_size {self.evaluation.batch_size} is less than the {ranks} "
+                "ranks. Each needs a sample."
             )
 
     def lasting(self) -> dict[str, Any]:
