@@ -498,6 +498,10 @@ def test_one_rank_alone_cannot_read(tmp_path: Path) -> None:
             patch.setattr(program, "find_days", lambda folder: find_days(folder)[1:])
         with pytest.raises(ValueError, match="Rank 1 sees other files"):
             program.prepare(settings)
+    # Rank 0 alone writes.
+    nowhere = replace(settings, out=tmp_path / "data" / "day_0_dense.npy" / "out")
+    with pytest.raises(ValueError, match=r"on rank 0 \(1 of 2 failed\): .*Not a directory"):
+        program.prepare(nowhere)
 
 
 @on_ranks(2)

@@ -74,7 +74,7 @@ def scan(days: Days, rows: Sequence[int] | None, cache: Path) -> Scan:
         cache: file that keeps the result.
 
     Raises:
-        ValueError: a file cannot be read.
+        ValueError: a file cannot be read, or the result not be kept.
     """
     key = _key(days, rows)
     if (known := from_first(_load(cache, key) if dist.get_rank() == 0 else None)) is not None:
@@ -121,11 +121,12 @@ def scan(days: Days, rows: Sequence[int] | None, cache: Path) -> Scan:
         for name, fault in others_faults.items():
             merged[name] = merged[name] + fault if name in merged else fault
     result = Scan(largest.tolist(), all_bad, list(merged.values()))
-    if rank == 0:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(".part")
-        temporary.write_text(json.dumps({"key": key, **asdict(result)}))
-        temporary.replace(cache)
+    with together():
+        if rank == 0:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cache.with_suffix(".part")
+            temporary.write_text(json.dumps({"key": key, **asdict(result)}))
+            temporary.replace(cache)
     return result
 
 
