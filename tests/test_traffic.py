@@ -188,6 +188,15 @@ def test_parts_add_up_to_the_table() -> None:
         whole + TableTraffic.of(counts[:999])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.float64])
+def test_counts_of_every_type(dtype: torch.dtype) -> None:
+    counts = torch.tensor([0, 1, 100, 7, 100])
+    traffic, expected = TableTraffic.of(counts.to(dtype)), TableTraffic.of(counts)
+    assert traffic.histogram.rows_B.tolist() == [1, 1, 1, 2]
+    assert np.array_equal(traffic.lookups_B, expected.lookups_B)
+    assert traffic.share(2, 4) == 107 / 208
+
+
 @pytest.mark.parametrize("rows", [1, 7, 1000, 3 * BLOCKS + 5])
 def test_shares_of_shards(rows: int) -> None:
     counts = torch.from_numpy(np.floor(1e6 / (np.arange(rows) + 1)).astype(np.int64))

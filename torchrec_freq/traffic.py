@@ -54,10 +54,10 @@ def bin_counts(counts_R: Tensor) -> Tensor:
     sums_2B = torch.zeros(2, BINS, dtype=torch.int64, device=counts_R.device)
     one = sums_2B.new_ones(1)
     for chunk_R in counts_R.split(_CHUNK_ROWS):
-        chunk_R = chunk_R.clamp(max=COUNT_CEILING)
+        chunk_R = chunk_R.to(torch.int64).clamp(max=COUNT_CEILING)
         bins_R = _bin_of(chunk_R)
         sums_2B[0].index_add_(0, bins_R, one.expand(len(bins_R)))
-        sums_2B[1].index_add_(0, bins_R, chunk_R.to(torch.int64))
+        sums_2B[1].index_add_(0, bins_R, chunk_R)
     return sums_2B
 
 
