@@ -295,13 +295,14 @@ def test_a_sample_of_odd_tables(rows: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bins_on_a_gpu() -> None:
     counts = zipf_counts(100_000, 1.0, 1e9)
+    on_gpu = counts.cuda()  # waits
     torch.cuda.set_sync_debug_mode("error")
     try:
-        bins = bin_counts(counts.cuda())
+        bins = bin_counts(on_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(bins.cpu(), bin_counts(counts))
-    assert sampled(counts.cuda(), 1000).lookups == pytest.approx(
+    assert sampled(on_gpu, 1000).lookups == pytest.approx(
         exact(counts).lookups, rel=3 * 100_000**0.5 / 1000
     )
 
