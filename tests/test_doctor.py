@@ -72,8 +72,14 @@ def test_what_is_missing_comes_with_a_command(here: list[dict[str, Any]]) -> Non
             "dist.is_gloo_available = dist.is_nccl_available = lambda: False",
             "training needs",
         ),
+        (
+            "import torch.distributed as dist\n"
+            "def fail(*inputs, **options): raise RuntimeError('unhandled system error')\n"
+            "dist.all_reduce = fail",
+            "does not start: unhandled system error",
+        ),
     ],
-    ids=["rule", "counts", "kernel", "communication"],
+    ids=["rule", "counts", "kernel", "no backend", "communication"],
 )
 def test_what_is_broken_is_found(before: str, text: str) -> None:
     status, output = doctor(before=before)

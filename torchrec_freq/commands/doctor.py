@@ -108,7 +108,7 @@ def findings() -> Iterator[Finding]:
     yield _gpu(versions)
     on_gpu = torch.cuda.is_available() and versions.fbgemm_build != "cpu"
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    backend = _backend(on_gpu)
+    backend = _backend(device)
     yield backend
     if backend.state != "FAIL":
         yield from _self_tests(device, versions)
@@ -144,9 +144,9 @@ def _gpu(versions: _versions.Found) -> Finding:
     return Finding("ok", "GPU", text)
 
 
-def _backend(on_gpu: bool) -> Finding:
-    """Starts a process group of this process alone."""
-    backend = "nccl" if on_gpu else "gloo"
+def _backend(device: torch.device) -> Finding:
+    """Starts a process group of this process alone, which stays if it works."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
     text = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in available.items())
     fix = (f"{sys.executable} -m pip install --force-reinstall torch=={torch.__version__}",)
@@ -156,7 +156,10 @@ def _backend(on_gpu: bool) -> Finding:
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.all_reduce(torch.ones(1, device=device))  # NCCL starts with the first collective
     except Exception as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return Finding("FAIL", "communication", f"{text}; {backend} does not start: {error}", fix)
     return Finding("ok", "communication", f"{text}; {backend} starts")
 
