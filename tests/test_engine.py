@@ -236,6 +236,24 @@ def test_half_precision_tables(precision: SparseType, pooling: PoolingMode) -> N
     assert ours.group.counters.counts.sum() == sum(batch(step)[0].numel() for step in range(4))
 
 
+def test_rate_beyond_float16_of_a_sequence() -> None:
+    """Gradients near float16's least: the multiplier is more than it holds, the update is not."""
+    tbe = FrequencyTBE(
+        specs([(4, 8)]),
+        frequency=FrequencyConfig(min_count=1, coherence=0),
+        learning_rate=LR,
+        pooling_mode=PoolingMode.NONE,
+        output_dtype=SparseType.FP16,
+    )
+    (weight,) = tbe.split_embedding_weights()
+    weight.zero_()
+    output = tbe(torch.tensor([1]), torch.tensor([0, 1]))
+    output.backward(torch.full_like(output, 2e-6))
+    expected = torch.zeros(4, 8)
+    expected[1] = -LR
+    torch.testing.assert_close(weight, expected, rtol=1e-3, atol=0)
+
+
 def test_evicted_rows_start_anew() -> None:
     """As zero-collision hashing calls it: the second feature's table, then the fourth's."""
     tbe = make()

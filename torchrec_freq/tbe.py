@@ -285,4 +285,5 @@ class _Update:
         self.multiplier_L = self.group.step(self.batch, grad)
         if self.group.pooled or self.multiplier_L is None:
             return None
-        return grad * self.multiplier_L.unsqueeze(1).to(grad.dtype)
+        # In float32: a multiplier may be more than a gradient in float16 can be.
+        return (grad * self.multiplier_L.unsqueeze(1)).to(grad.dtype)
