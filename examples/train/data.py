@@ -64,6 +64,8 @@ def find_days(folder: Path) -> list[Day]:
     numbers = {stem: stem.removeprefix("day_") for stem in stems}
     if odd := sorted(stem for stem, number in numbers.items() if not number.isdecimal()):
         raise ValueError(f"{folder / odd[0]}_*.npy: days are named day_0, day_1 and so on.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder. Every rank must see the same data.")
     if len(stems) < 2:
         raise FileNotFoundError(
             f"{folder} holds {len(stems)} days of Criteo data. Expected at least two, the last of "

@@ -146,7 +146,7 @@ def read_counts(planner: Planner, tables: Sequence[EmbeddingBagConfig]) -> Count
     if found != expected:
         raise ValueError(
             f"{planner.counts} has counts of other tables than the model. Rows by table there: "
-            f"{found}; here: {expected}."
+            f"{found}; here: {expected}. Count again, with --table-names '{{column}}' and --rows."
         )
     return file
 

@@ -254,7 +254,7 @@ def read_spec(path: Path, **overrides: Any) -> Spec:
         return _spec(data, {key: value for key, value in overrides.items() if value is not None})
     except (TypeError, ValueError) as error:
         # A record's constructor names the key that it does not have, or lacks.
-        raise ValueError(f"{path}: {error}".replace("__init__() ", "")) from error
+        raise ValueError(f"{path}: {error}".replace(".__init__()", "")) from error
 
 
 def _spec(data: dict[str, Any], overrides: Mapping[str, Any]) -> Spec:
