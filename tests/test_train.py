@@ -381,7 +381,8 @@ def change_both(folder: Path, row: int) -> None:
 # What is done to a folder, and what the error says.
 HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: remove(f / "day_1_labels.npy"), r"No such file.*day_1_labels\.npy"),
-    "no days": (lambda f: shutil.rmtree(f), r"holds 0 days.*at least two"),
+    "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
+    "no days": (lambda f: remove(*f.iterdir()), r"holds 0 days.*at least two"),
     "one day": (
         lambda f: remove(*f.glob("day_[12]_*")),
         r"holds 1 days.*at least two",
