@@ -419,15 +419,14 @@ def main() -> None:
     else:
         device = torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        if args.data is None and local_rank == 0:
-            fetch(DATA)
-        dist.barrier()
-        data = read(args.data or DATA, args.limit)
-        compare(args, data, device)
-        dist.barrier()  # no rank leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
+    if args.data is None and local_rank == 0:
+        fetch(DATA)
+    dist.barrier()
+    data = read(args.data or DATA, args.limit)
+    compare(args, data, device)
+    # Not after an error: NCCL may wait there for ranks that wait for this one.
+    dist.barrier()  # no rank leaves while another still talks to it
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

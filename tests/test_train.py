@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -914,6 +916,33 @@ def test_main_without_torchrun(
             program.main()
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end", "left"), [(None, True), (SystemExit(143), True), (ValueError("one rank's"), False)]
+)
+def test_main_leaves_the_group(
+    end: BaseException | None, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end and after SIGTERM, but not after an error: NCCL would wait for the other ranks."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train", *GIVEN])
+    calls: list[str] = []
+
+    def train(*_: object) -> None:
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(program, "train", train)
+    monkeypatch.setattr(program, "connect", lambda backend: None)
+    monkeypatch.setattr(program, "logging", mock.Mock())  # whose levels it would set
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, functools.partial(calls.append, name))
+    with contextlib.suppress(SystemExit, ValueError):
+        program.main()
+    assert ("destroy_process_group" in calls) == left
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,9 +186,12 @@ def main() -> None:
     connect("nccl" if device.type == "cuda" else "gloo")
     try:
         train(settings, device)
-        dist.barrier()  # no rank leaves while another still talks to it
-    finally:
+    except SystemExit:  # SIGTERM, on every rank
         dist.destroy_process_group()
+        raise
+    # Not after an error: NCCL may wait there for ranks that wait for this one.
+    dist.barrier()  # no rank leaves while another still talks to it
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
