@@ -100,7 +100,7 @@ class TableScales:
         self._lookups_exchange = (step_T2, self._sum_over_ranks(step_T2))
 
     def inverse(self) -> Tensor:
-        """float32 [tables], ``1 / s_t``; 0 for a table without a gradient so far."""
+        """float32 [tables], ``1 / s_t``; 0 until outputs, and lookups if any, have a gradient."""
         totals_T4 = self.totals
         self._wait_for_outputs()
         # Elementwise, few kernels: this is a cost of every step, however small.
