@@ -286,6 +286,9 @@ def damage(folder: Path, what: str) -> Path:
             (path / "__0_0.distcp").write_bytes(b"123")
         return path
     counts = torch.arange(1000, dtype=torch.int32)
+    if what == "above":
+        save(path / "whole", {KEY: counts})
+        return path
     if what == "no counters":
         return save(path, {"model": {"a": torch.ones(3)}})
     if what == "wrong type":
@@ -317,14 +320,30 @@ def damage(folder: Path, what: str) -> Path:
     return path
 
 
+def test_tables_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    names = ["cat_10", "cat_9", "a"]
+    path = save(tmp_path / "input", {f"{name}.row_counter": torch.arange(3) for name in names})
+    assert [table.name for table in open_stored(path)] == ["a", "cat_9", "cat_10"]
+
+
+def test_a_file_is_no_folder_for_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, {"a": torch.tensor([1, 2])})
+    assert main(["report", str(path), "-o", str(path)]) == 2
+    assert f"{path} is a file; give a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("missing", "No such file"),
+        ("missing", "no such file or folder"),
         ("truncated", "truncated or not a safetensors file"),
         ("text", "truncated or not a safetensors file"),
         ("a model", "not one of counts.*'pt'"),
         ("empty folder", r"not a whole checkpoint.*no \.metadata"),
+        ("above", r"not a whole.*Whole ones below it: .*/whole\."),
         ("killed save", r"not a whole checkpoint.*no \.metadata"),
         ("no counters", r"without row counters.*model\.fused_optimizer\.state_dict"),
         ("wrong type", "no tensor of counts"),
@@ -465,5 +484,4 @@ def test_memory_does_not_follow_the_rows(tmp_path: Path, stored: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split("grown")[1])
-    print(f"{grown / 1e6:.0f} MB of {counts.numel() * 4 / 1e6:.0f}")
     assert grown < counts.numel() * 4 / 3

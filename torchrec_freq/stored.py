@@ -65,7 +65,10 @@ def open_stored(path: Path) -> list[StoredTable]:
         OSError: missing, or cannot be read.
     """
     if path.is_dir():
-        return _open_checkpoint(path)
+        # In the order of their names, whatever plan saved them: cat_2 before cat_10.
+        return sorted(_open_checkpoint(path), key=lambda table: _natural(table.name))
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder.")
     rows, steps = counts_layout(path)
     return [
         StoredTable(name, rows[name], steps, None, partial(_file_blocks, path, name))
@@ -82,9 +85,11 @@ def _file_blocks(path: Path, name: str) -> Iterator[tuple[int, Tensor]]:
 
 def _open_checkpoint(folder: Path) -> list[StoredTable]:
     if not (folder / ".metadata").exists():
+        whole = [str(path.parent) for path in sorted(folder.rglob(".metadata"))]
+        below = f" Whole ones below it: {', '.join(whole)}." if whole else ""
         raise ValueError(
             f"{folder} is not a whole checkpoint of torch.distributed.checkpoint: it has no "
-            ".metadata. Name the folder that was given to save as checkpoint_id."
+            f".metadata. Name the folder that was given to save as checkpoint_id.{below}"
         )
     try:
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -117,6 +122,13 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
             )
         )
     return tables
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Key that sorts numbers in names by their value."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _names(stems: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The pre-pass: counts the ids of a data set into a file of counts.
 
 The data are read once, in blocks; memory holds the counts (4 bytes a row) and a block. Row i of a
-table counts the occurrences of id i, as ``count="samples"`` does in training. The file is loaded
+table counts the occurrences of id i, as count="samples" does in training. The file is loaded
 with torchrec_freq.load_row_counts(model, *torchrec_freq.load_counts(path)).
 """
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from torchrec_freq.commands.arguments import whole_number, whole_numbers
 from torchrec_freq.counters import COUNT_CEILING, RowCounters
 from torchrec_freq.files import save_counts
 
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rows",
-        type=_whole_numbers,
+        type=whole_numbers,
         required=True,
         metavar="N[,N...]",
         help="num_embeddings of the tables: one number for all, or one for each table, in order",
@@ -109,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=_whole_number,
+        type=whole_number,
         metavar="SAMPLES",
         help="samples in a step of training, over all ranks: steps = samples // SAMPLES is stored "
         "with the counts (default: no steps; give them to load_row_counts)",
@@ -420,20 +421,6 @@ def _rows(names: Mapping[str, str], rows: Sequence[int]) -> dict[str, int]:
             "one for each table, or one for all."
         )
     return dict(zip(tables, rows if len(rows) > 1 else list(rows) * len(tables), strict=True))
-
-
-def _whole_number(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return number
-
-
-def _whole_numbers(text: str) -> list[int]:
-    return [_whole_number(part) for part in text.split(",")]
 
 
 def _names(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from tqdm import tqdm
 
+from torchrec_freq.commands.arguments import whole_numbers
 from torchrec_freq.config import DEFAULT_COHERENCE, DEFAULT_MIN_COUNT, FrequencyConfig
 from torchrec_freq.monitor import QUANTILES, learning_rates
 from torchrec_freq.planner import MeasuredCacheStatistics
@@ -330,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ranks",
-        type=_whole_numbers,
+        type=whole_numbers,
         default=Settings.ranks,
         metavar="N[,N...]",
         help="numbers of row-wise shards (default: 2,4,8,16,32,64)",
@@ -365,6 +366,8 @@ def run(arguments: argparse.Namespace) -> None:
         OSError: a file cannot be read or written.
     """
     output: Path | None = arguments.output
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"-o {output} is a file; give a folder.")
     page: Any = None if output is None else _page()  # before an hour of reading
     settings = Settings(
         batch_lookups=arguments.batch_lookups,
@@ -428,9 +431,3 @@ def _share(text: str) -> float:
     if (number := _positive(text)) >= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
     return number
-
-
-def _whole_numbers(text: str) -> list[int]:
-    if not all(part.isascii() and part.isdecimal() and int(part) for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers >= 1")
-    return [int(part) for part in text.split(",")]

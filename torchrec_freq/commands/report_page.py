@@ -55,7 +55,7 @@ def write(
         (folder / f"{number:02}-{name}.png").write_bytes(png)
     template = resources.files("torchrec_freq.commands") / "templates" / "report.html"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    html = environment.from_string(template.read_text()).render(
+    html = environment.from_string(template.read_text(encoding="utf-8")).render(
         version=__version__,
         sources=list(dict.fromkeys(report.source for report in reports)),
         tables=tables,
@@ -64,7 +64,7 @@ def write(
             for report, png in zip(reports, plots, strict=True)
         ],
     )
-    (folder / "report.html").write_text(html)
+    (folder / "report.html").write_text(html, encoding="utf-8")
 
 
 def _plot_frequency(axes: Any, report: TableReport, histogram: CountHistogram) -> None:
