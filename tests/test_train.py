@@ -508,6 +508,21 @@ def test_one_rank_alone_cannot_read(tmp_path: Path) -> None:
 
 
 @on_ranks(2)
+def test_too_many_bad_rows_to_keep(tmp_path: Path) -> None:
+    """Of one rank's part; all ranks stop."""
+    if dist.get_rank() == 0:
+        labels = write(tmp_path / "data") / "day_0_labels.npy"
+        np.save(labels, np.load(labels) + 2)
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "MOST_BAD", 40)
+        patch.setattr(scan, "CHUNK", 30)
+        message = r"on rank 0 .*More than 40 bad rows: day_0_labels.npy, rows 0 to \d+"
+        with pytest.raises(ValueError, match=message):
+            program.prepare(parse(arguments(tmp_path / "data", tmp_path / "out")))
+
+
+@on_ranks(2)
 def test_bad_rows_left_out(tmp_path: Path) -> None:
     """As if trained on a copy without them."""
     clean, dirty = tmp_path / "clean", tmp_path / "dirty"
@@ -720,6 +735,11 @@ def test_variants_train(reference: Path, tmp_path: Path) -> None:
     assert [dtypes[name] for name in DEFAULT_CAT_NAMES] == [
         torch.float16 if rows >= 30 else torch.float32 for rows in ROWS
     ]
+    (plan,) = training.model.plan.plan.values()
+    kinds = {name: plan[name].sharding_type for name in DEFAULT_CAT_NAMES}
+    half = {name for name, dtype in dtypes.items() if dtype == torch.float16}
+    assert "data_parallel" in kinds.values()
+    assert "data_parallel" not in {kinds[name] for name in half}
 
 
 @on_ranks(2)
@@ -859,6 +879,7 @@ REFUSED = [
         "does not train data_parallel tables with SGD",
     ),
     ([*GIVEN, "--evaluation.thresholds", "1"], "evaluation.thresholds must be at least 2"),
+    ([*GIVEN, "--evaluation.samples", "9"], "give evaluation.every"),
     ([*GIVEN, "--checkpoint.minutes", "-1"], "checkpoint.minutes must be >= 0"),
     ([*GIVEN, "--checkpoint.keep", "0"], "checkpoint.keep must be at least 1"),
     ([*GIVEN, "--batch_size", "0"], "batch_size must be at least 1; got 0"),

@@ -201,6 +201,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         _at_least(1, self, "evaluation.every", "evaluation.samples", "evaluation.batch_size")
         _at_least(2, self, "evaluation.thresholds")
+        if self.samples is not None and self.every is None:
+            raise ValueError(
+                "evaluation.samples is for the evaluations along the way: give evaluation.every."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

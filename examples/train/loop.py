@@ -116,7 +116,8 @@ class Loop:
                 self._log(loss / summed, summed, rate)
                 loss.zero_()
                 summed = 0
-        assert next_outputs(self.pipeline, source) is None
+        rest = next_outputs(self.pipeline, source)  # empties it
+        assert rest is None
 
     def _log(self, loss: Tensor, steps: int, rate: float) -> None:
         """The only place where the host waits for the device, and the ranks agree what to do."""

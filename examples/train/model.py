@@ -76,7 +76,7 @@ def build(settings: Settings, rows: Sequence[int], device: torch.device) -> Trai
     with together():
         counts = read_counts(settings.planner, tables)
     sharders = [EmbeddingBagCollectionSharder()]
-    plan = make_plan(settings, module, sharders, counts, device)
+    plan = make_plan(settings, module, tables, sharders, counts, device)
     model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
     draw_tables(model, tables, settings.seed)
     if counts is not None and settings.optimizer.frequency.count == "frozen":
@@ -154,6 +154,7 @@ def read_counts(planner: Planner, tables: Sequence[EmbeddingBagConfig]) -> Count
 def make_plan(
     settings: Settings,
     module: DLRMTrain,
+    tables: Sequence[EmbeddingBagConfig],
     sharders: list[EmbeddingBagCollectionSharder],
     counts: CountsFile | None,
     device: torch.device,
@@ -167,9 +168,14 @@ def make_plan(
     types = options.sharding or SHARDING_TYPES
     if settings.optimizer.name != "FrequencySGD":
         types = [kind for kind in types if kind != "data_parallel"]  # it would not train there
+    # DDP would average in fp16, in which gradients of a large batch lose small elements.
+    sharded = options.sharding or [kind for kind in types if kind != "data_parallel"]
     constraints = {
-        name: ParameterConstraints(sharding_types=types, compute_kernels=options.kernels)
-        for name in DEFAULT_CAT_NAMES
+        table.name: ParameterConstraints(
+            sharding_types=types if table.data_type == DataType.FP32 else sharded,
+            compute_kernels=options.kernels,
+        )
+        for table in tables
     }
     stats = FrequencyStats()
     planner = make_planner(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from examples.train.data import KINDS, Days, Samples
 from examples.train.ranks import from_first, gather, together
 
+MOST_BAD: Final = 10_000_000  # rows of a rank's part; more are no accident
 CHUNK: Final = 1 << 18  # samples read at once: some 45 MB
 
 
@@ -108,6 +109,11 @@ def scan(days: Days, rows: Sequence[int] | None, cache: Path) -> Scan:
                         )
                         faults[name] = faults[name] + fault if name in faults else fault
                         is_bad[bad_rows] = True
+                if len(bad) > MOST_BAD:
+                    raise ValueError(
+                        f"More than {MOST_BAD:,} bad rows: {next(iter(faults.values()))}. Are "
+                        "data.rows those of the tables, in the order of the columns?"
+                    )
                 bad += (first + np.flatnonzero(is_bad)).tolist()
                 if not is_bad.all():
                     largest = np.maximum(largest, samples["sparse"][~is_bad].max(axis=0))
