@@ -42,6 +42,20 @@ def check_counts(table: str, counts_R: Tensor) -> None:
         )
 
 
+def count_occurrences_(counts_R: Tensor, rows_L: Tensor) -> Tensor:
+    """Adds 1 to the count of each row for each time it occurs, in place.
+
+    Args:
+        counts_R: int32 [rows].
+        rows_L: int64 [lookups].
+
+    Returns:
+        ``counts_R``.
+    """
+    # On a CPU faster than index_add_, and than with a one that is expanded.
+    return counts_R.scatter_add_(0, rows_L, torch.ones_like(rows_L, dtype=torch.int32))
+
+
 class RowCounters:
     """Counters of the rows of one or more tables that lie behind each other in one tensor.
 
@@ -128,9 +142,7 @@ class RowCounters:
             self._bound = COUNT_CEILING
         self._bound += most
         if mode == "samples":
-            # On a CPU faster than index_add_, and than with a one that is expanded.
-            ones_L = torch.ones_like(rows_L, dtype=torch.int32)
-            self.counts.scatter_add_(0, rows_L, ones_L)
+            count_occurrences_(self.counts, rows_L)
         else:
             # Equal rows write equal values, so the order of the writes does not matter.
             self.counts.index_put_((rows_L,), self.counts.index_select(0, rows_L) + 1)

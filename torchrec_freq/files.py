@@ -117,10 +117,8 @@ def load_counts(path: str | os.PathLike[str]) -> CountsFile:
         names = file.keys()
         for name in names:
             _rows(path, file, name)
-            counts_R = _checked(path, name, file.get_tensor(name))  # memory-mapped
-            counts[name] = counts_R.to(
-                torch.int64, copy=True
-            )  # nothing refers to the file any more
+            mapped_R = _checked(path, name, file.get_tensor(name))
+            counts[name] = mapped_R.to(torch.int64, copy=True)  # nothing refers to the file
         return CountsFile(counts, steps)
 
 

@@ -18,6 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.counters import count_occurrences_
 from torchrec_freq.group import Batch
 from torchrec_freq.rule import row_multiplier
 from torchrec_freq.tbe import NOT_COMPILED, GroupedTBE, before_backward, variable_batch
@@ -146,8 +147,7 @@ class _Update:
         self._lookups_F = tbe.group.lookups_of_feature(batch)
         self._feature_L = tbe.group.feature_of_lookup(batch, self._lookups_F)
         rows_L = tbe.group.rows_of_lookup(batch, self._feature_L)
-        ones_L = torch.ones_like(rows_L, dtype=torch.int32)
-        self._occurrences_R = torch.zeros_like(counts_R).index_add_(0, rows_L, ones_L)
+        self._occurrences_R = count_occurrences_(torch.zeros_like(counts_R), rows_L)
         self._work = None
         if tbe._process_group is not None:
             self._work = dist.all_reduce(

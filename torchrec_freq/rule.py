@@ -46,7 +46,7 @@ def row_multiplier(
         FA-SGD) of Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable
         Benefits", ICLR 2022. Coherence and table scale are this package's.
     """
-    # Temporaries are written over: at the end of a table's counts they are what a step takes.
+    # In place: here a step needs the most memory, and each temporary is as long as its lookups.
     effective = counts.to(torch.float32, copy=True)
     if config.coherence:
         if steps is None:
