@@ -9,7 +9,10 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +25,8 @@ from test_sharding import make_plan
 
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING
-from torchrec_freq.files import load_counts, save_counts
+from torchrec_freq.files import CountsReader, load_counts, save_counts
+from torchrec_freq.output import check_folder, check_output, write_text, writing
 
 COUNTS = {
     "user": torch.tensor([0, 3, COUNT_CEILING, 1]),
@@ -30,6 +34,7 @@ COUNTS = {
     "none": torch.zeros(0, dtype=torch.int64),
 }
 METADATA = {"format": "torchrec_freq.counts", "version": "1", "steps": "7"}
+FULL = OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("steps", [None, 1, 10**12])
@@ -60,7 +65,12 @@ def test_other_tools_read_it(tmp_path: Path) -> None:
         assert arrays[name].tolist() == counts.tolist()
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    assert json.loads(raw[8 : 8 + length])["__metadata__"] == METADATA
+    metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
+    checksums = json.loads(metadata.pop("crc32"))
+    assert metadata == METADATA
+    for name, counts in COUNTS.items():
+        start = zlib.crc32(json.dumps([name, len(counts), 7]).encode())
+        assert checksums[name] == zlib.crc32(arrays[name].tobytes(), start)
     # 4 bytes a row, and readable to whom any new file is.
     assert len(raw) == 8 + length + 4 * 1004
     other = tmp_path / "other"
@@ -127,6 +137,9 @@ FOREIGN: dict[str, tuple[np.ndarray, dict[str, str] | None, str]] = {
     "too large": (np.array([2**40], np.int64), METADATA, f"'a'.*{2**40}"),
     "steps of 0": (np.zeros(3, np.int32), METADATA | {"steps": "0"}, "steps.*'0'"),
     "steps": (np.zeros(3, np.int32), METADATA | {"steps": "1.5"}, "steps.*'1.5'"),
+    "endless steps": (np.zeros(3, np.int32), METADATA | {"steps": "9" * 5000}, "steps.*5000 char"),
+    "checksums": (np.zeros(3, np.int32), METADATA | {"crc32": "[" * 9999}, "checksums"),
+    "a checksum": (np.zeros(3, np.int32), METADATA | {"crc32": '{"a": 5}'}, "damaged.*'a'"),
 }
 
 
@@ -188,15 +201,143 @@ def test_a_failing_write_leaves_the_old_file(
     before = path.read_bytes()
 
     def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise FULL
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=f"No space.*'{path}'"):
         save_counts(path, {"a": torch.ones(3)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
     with pytest.raises(OSError, match="nowhere"):
         save_counts(tmp_path / "nowhere" / "counts.safetensors", COUNTS)
+
+
+def test_header_and_counts_are_of_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever takes the file's name between the library's two looks at it."""
+    path, other = tmp_path / "counts.safetensors", tmp_path / "other"
+    save_counts(path, {"a": torch.ones(5)}, 1)
+    save_counts(other, {"a": torch.full((5,), 2)}, 2)
+    from_file = torch.UntypedStorage.from_file
+    calls = []
+
+    def replace_first(*arguments: Any, **options: Any) -> Any:
+        if not calls:
+            os.replace(other, path)
+        calls.append(arguments)
+        return from_file(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_first)
+    loaded = load_counts(path)
+    assert calls and not other.exists()
+    assert (loaded.steps, loaded.counts["a"].tolist()) == (1, [1] * 5)
+    assert load_counts(path).steps == 2
+
+
+def test_blocks_are_of_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    save_counts(path, {"a": torch.arange(9)})
+    blocks = CountsReader(path).blocks("a", 4)
+    assert next(blocks).tolist() == [0, 1, 2, 3]
+    save_counts(path, {"a": torch.zeros(9)})
+    assert [block.tolist() for block in blocks] == [[4, 5, 6, 7], [8]]
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "counts.safetensors"
+    counts = {"a": torch.arange(9), "b": torch.arange(3)}
+    save_counts(path, counts, 2)
+    raw = path.read_bytes()
+    refused = 0
+    for position in range(len(raw)):
+        damaged = bytearray(raw)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        try:
+            loaded = load_counts(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:  # in a part that says nothing, as the name of the checksums' key
+            assert loaded.steps == 2
+            assert {name: c.tolist() for name, c in loaded.counts.items()} == {
+                name: c.tolist() for name, c in counts.items()
+            }
+    assert refused > 0.95 * len(raw)
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "counts", tmp_path / "counts.safetensors"
+    link.symlink_to(Path("elsewhere", "counts"))
+    save_counts(link, {"a": torch.ones(5)}, 1)  # which leads nowhere yet
+    assert link.is_symlink() and load_counts(target).steps == 1
+    target.chmod(0o640)
+    save_counts(link, {"a": torch.ones(5)}, 2)
+    assert link.is_symlink() and load_counts(target).steps == 2
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert os.listdir(target.parent) == ["counts"]
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/null"),
+    "a folder": Path.mkdir,
+    "a loop": lambda path: path.symlink_to(path),
+    "in no folder": lambda path: path.symlink_to(path.parent / "no" / "folder"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("attempt", [check_output, lambda path: save_counts(path, COUNTS)])
+def test_what_is_no_file_stays_what_it_is(
+    tmp_path: Path, kind: str, attempt: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "counts.safetensors"
+    NO_FILES[kind](path)
+    before = path.lstat()
+    with pytest.raises(OSError, match=str(path)):
+        attempt(path)
+    after = path.lstat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    with pytest.raises(OSError, match=str(path)):  # and does not wait for a writer
+        load_counts(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_outputs_are_checked_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ("x" * 255)  # as long as a name can be
+    for _ in range(2):
+        check_output(path)
+        assert not path.exists()
+        write_text(path, "whole")
+        assert path.read_text() == "whole"
+        path.unlink()
+    write_text(path, "old")
+    check_output(path)
+    with pytest.raises(OSError, match="File name too long"):
+        check_output(tmp_path / ("x" * 256))
+    with pytest.raises(NotADirectoryError, match=str(path)):
+        check_folder(path)
+    check_folder(tmp_path / "new" / "folder")
+
+    def full(_: int) -> None:
+        raise FULL
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        for attempt in (check_output, lambda path: write_text(path, "new")):
+            with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+                attempt(path)
+    with pytest.raises(KeyboardInterrupt), writing(path) as file:
+        file.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert set(os.listdir(tmp_path)) == {path.name, "new"}
+    assert os.listdir(tmp_path / "new" / "folder") == []
 
 
 WRITER = """
@@ -221,7 +362,7 @@ while True:
 def is_writing(folder: Path) -> bool:
     """Whether there is something of the writer's next file."""
     try:
-        return any(file.stat().st_size > 0 for file in folder.glob(".*.tmp/*"))
+        return any(file.stat().st_size > 0 for file in folder.glob(".writing-*/*"))
     except FileNotFoundError:  # it went to its place meanwhile
         return False
 

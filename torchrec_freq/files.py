@@ -1,10 +1,13 @@
-"""A file of counts: safetensors, one tensor a table, written whole or not at all."""
+"""A file of counts: safetensors, one tensor a table, with checksums."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import tempfile
+import stat
+import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchrec_freq.counters import check_counts
+from torchrec_freq.output import writing
 
 _FORMAT: Final = "torchrec_freq.counts"
 _VERSION: Final = "1"
 _DTYPES: Final = ("I32", "I64")
+_BLOCK_ROWS: Final = 1 << 22
 # The name under which the format itself keeps text.
 _RESERVED: Final = "__metadata__"
 
@@ -40,8 +45,9 @@ def save_counts(
 ) -> None:
     """Writes counts to a safetensors file: int32 [num_embeddings] for each table.
 
-    An existing file is replaced in one step, once the new one is safely on the disk. A writer that
-    is killed leaves the old file as it was, and beside it a folder ``.NAME.*.tmp`` to delete.
+    An existing file is replaced in one step, once the new one is safely on the disk; a link is
+    written through. A writer that is killed leaves the old file as it was, and beside it a folder
+    ``.writing-*.tmp`` to delete.
 
     With several ranks let one write, and the others wait where they read the file next:
 
@@ -59,9 +65,8 @@ def save_counts(
     Raises:
         ValueError: no table, a name that the format cannot hold, counts that are not whole
             numbers in range, wrong steps; the message names the table. Nothing is written.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or ``path`` is a folder, pipe or device.
     """
-    path = Path(path)
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"Invalid steps value: {steps!r}. Must be a whole number >= 1, or None.")
     if not counts:
@@ -78,22 +83,16 @@ def save_counts(
             tensor_R = tensor_R.clone()
         storages.add(tensor_R.untyped_storage().data_ptr())
         tensors[name] = tensor_R
-    with tempfile.TemporaryDirectory(
-        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
-    ) as folder:
-        temporary = Path(folder, path.name)
-        # The library makes its file private to the user; this one has the mode of any new file.
-        temporary.touch()
-        mode = temporary.stat().st_mode
+    checksums = {
+        name: _checksum(counts_R, _checksum_of_header(name, len(counts_R), steps))
+        for name, counts_R in tensors.items()
+    }
+    metadata["crc32"] = json.dumps(checksums)
+    with writing(path) as file:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, file, metadata)
         except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written: {error}") from error
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-        # The replacement itself is on the disk once the folder is.
-        _sync(path.parent)
+            raise OSError(f"cannot be written: {error}") from error
 
 
 def load_counts(path: str | os.PathLike[str]) -> CountsFile:
@@ -107,50 +106,99 @@ def load_counts(path: str | os.PathLike[str]) -> CountsFile:
 
     Raises:
         ValueError: the file is truncated, not a safetensors file, not one of counts, of a later
-            version, or holds what cannot be a count; the message names the file.
-        OSError: the file is missing or cannot be read.
+            version, or holds other counts than were written, or what cannot be a count; the message
+            names the file.
+        OSError: the file is missing, cannot be read, or is no regular file.
     """
-    path = Path(path)
-    with _open(path) as file:
-        steps = _check_metadata(path, file.metadata() or {})
-        counts: dict[str, Tensor] = {}
-        names = file.keys()
-        for name in names:
-            _rows(path, file, name)
-            mapped_R = _checked(path, name, file.get_tensor(name))
-            counts[name] = mapped_R.to(torch.int64, copy=True)  # nothing refers to the file
-        return CountsFile(counts, steps)
+    reader = CountsReader(path)
+    counts = {}
+    for name, rows in reader.rows.items():
+        counts[name] = torch.empty(rows, dtype=torch.int64)
+        first = 0
+        for block_R in reader.blocks(name, _BLOCK_ROWS):
+            counts[name][first : first + len(block_R)] = block_R
+            first += len(block_R)
+    return CountsFile(counts, reader.steps)
 
 
-def counts_layout(path: Path) -> tuple[dict[str, int], int | None]:
-    """Rows of each table in a file of counts, and the steps; reads no count.
+class CountsReader:
+    """A file of counts as it is now, read block by block, whatever takes its name meanwhile.
+
+    Attributes:
+        rows: table name -> number of rows.
+        steps: that the counts stand for; None where unknown.
 
     Raises:
-        ValueError, OSError: as of :func:`load_counts`.
+        ValueError, OSError: as of :func:`load_counts`; from :meth:`blocks`, too.
     """
-    with _open(path) as file:
-        steps = _check_metadata(path, file.metadata() or {})
-        names = file.keys()
-        return {name: _rows(path, file, name) for name in names}, steps
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        # Where there is a pipe, opening it would wait for a writer.
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        weakref.finalize(self, os.close, descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is a folder, pipe or device. Name a file of counts.")
+        # The library opens names, and a name may go to another file between two of its calls.
+        self._name = f"/dev/fd/{descriptor}"
+        with self._open() as file:
+            metadata = file.metadata() or {}
+            self.steps = _check_metadata(self._path, metadata)
+            names = file.keys()
+            self.rows = {name: self._rows_of(file, name) for name in names}
+        self._checksums = _checksums(self._path, metadata, self.rows)
 
-def count_blocks(path: Path, name: str, block_rows: int) -> Iterator[Tensor]:
-    """A table's counts from a file of them, ``block_rows`` rows after another.
+    def blocks(self, name: str, block_rows: int) -> Iterator[Tensor]:
+        """A table's counts, ``block_rows`` rows after another.
 
-    Yields:
-        int32 or int64 [rows of the block].
+        Yields:
+            int32 or int64 [rows of the block], which nothing else refers to. The checksum is
+            compared after the last one.
+        """
+        rows = self.rows[name]
+        checksum = _checksum_of_header(name, rows, self.steps)
+        for start in range(0, rows, block_rows):
+            # Opened anew for each block, or what has been read stays mapped.
+            with self._open() as file:
+                counts_R = file.get_slice(name)[start : start + block_rows].clone()
+            try:
+                check_counts(name, counts_R)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._path}: {error} The file is damaged, or was not written by "
+                    "torchrec_freq."
+                ) from error
+            checksum = _checksum(counts_R, checksum)
+            yield counts_R
+        if self._checksums is not None and self._checksums[name] != checksum:
+            raise ValueError(
+                f"{self._path} is damaged: the counts of table {name!r} do not have the checksum "
+                "that they were written with. Copy the file again."
+            )
 
-    Raises:
-        ValueError, OSError: as of :func:`load_counts`.
-    """
-    start, rows = 0, 1
-    while start < rows:
-        # Opened anew for each block, or what has been read stays mapped.
-        with _open(path) as file:
-            rows = _rows(path, file, name)
-            block_R = file.get_slice(name)[start : start + block_rows]
-        yield _checked(path, name, block_R)
-        start += block_rows
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        """The library's view of the file, and its errors as ours."""
+        try:
+            with safe_open(self._name, framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self._path} is truncated or not a safetensors file ({error}). Copy it again, or "
+                "write it with torchrec_freq.save_counts."
+            ) from error
+
+    def _rows_of(self, file: Any, name: str) -> int:
+        """Rows of a table, whose type and shape are checked."""
+        stored = file.get_slice(name)
+        dtype, shape = stored.get_dtype(), stored.get_shape()
+        if dtype not in _DTYPES or len(shape) != 1:
+            raise ValueError(
+                f"{self._path}: table {name!r} must be {' or '.join(_DTYPES)} of shape "
+                f"[num_embeddings]; got {dtype} of shape {shape}. Write the file with "
+                "torchrec_freq.save_counts."
+            )
+        return int(shape[0])
 
 
 def _storable(name: str, counts_R: Tensor) -> Tensor:
@@ -177,52 +225,34 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> int | None:
     steps = metadata.get("steps")
     if steps is None:
         return None
-    if not (steps.isascii() and steps.isdecimal() and int(steps) >= 1):
-        raise ValueError(f"{path}: steps must be a whole number >= 1; got {steps!r}.")
+    # Python has no number of more digits either.
+    if not (steps.isascii() and steps.isdecimal() and len(steps) < 20 and int(steps) >= 1):
+        shown = steps if len(steps) < 50 else f"{steps[:20]}... ({len(steps)} characters)"
+        raise ValueError(f"{path}: steps must be a whole number from 1 to 10^19; got {shown!r}.")
     return int(steps)
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """The library's view of a file, and its errors as ours."""
-    with path.open("rb"):  # with Python's own errors; the library's name no file for a folder
-        pass
+def _checksums(
+    path: Path, metadata: Mapping[str, str], rows: Mapping[str, int]
+) -> dict[str, int] | None:
+    """By table; None in a file that another tool has written."""
+    text = metadata.get("crc32")
+    if text is None:
+        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}). Copy it again, or write it "
-            "with torchrec_freq.save_counts."
-        ) from error
+        checksums = json.loads(text)
+    except (ValueError, RecursionError):
+        checksums = None
+    if not isinstance(checksums, dict) or checksums.keys() != rows.keys():
+        raise ValueError(f"{path} is damaged: its checksums are not those of its tables.")
+    return checksums
 
 
-def _rows(path: Path, file: Any, name: str) -> int:
-    """Rows of a table, whose type and shape are checked."""
-    stored = file.get_slice(name)
-    dtype, shape = stored.get_dtype(), stored.get_shape()
-    if dtype not in _DTYPES or len(shape) != 1:
-        raise ValueError(
-            f"{path}: table {name!r} must be {' or '.join(_DTYPES)} of shape [num_embeddings]; got "
-            f"{dtype} of shape {shape}. Write the file with torchrec_freq.save_counts."
-        )
-    return int(shape[0])
+def _checksum_of_header(name: str, rows: int, steps: int | None) -> int:
+    """CRC-32 of what a file says of a table besides the counts."""
+    return zlib.crc32(json.dumps([name, rows, steps]).encode())
 
 
-def _checked(path: Path, name: str, counts_R: Tensor) -> Tensor:
-    try:
-        check_counts(name, counts_R)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: {error} The file is damaged, or was not written by torchrec_freq."
-        ) from error
-    return counts_R
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _checksum(counts_R: Tensor, start: int) -> int:
+    """``start`` continued with the bytes of counts, contiguous on the CPU."""
+    return zlib.crc32(counts_R.numpy(), start)

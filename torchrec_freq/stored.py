@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchrec_freq.counters import COUNT_CEILING, check_counts
-from torchrec_freq.files import count_blocks, counts_layout
+from torchrec_freq.files import CountsReader
 from torchrec_freq.row_state import RowShard, RowState
 from torchrec_freq.scale import SCALE_NUMBERS, TableScales
 from torchrec_freq.tables import ROW_COUNTER, ROW_COUNTER_STEPS, TABLE_SCALE
@@ -69,16 +69,16 @@ def open_stored(path: Path) -> list[StoredTable]:
         return sorted(_open_checkpoint(path), key=lambda table: _natural(table.name))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
-    rows, steps = counts_layout(path)
+    file = CountsReader(path)
     return [
-        StoredTable(name, rows[name], steps, None, partial(_file_blocks, path, name))
-        for name in rows
+        StoredTable(name, rows, file.steps, None, partial(_file_blocks, file, name))
+        for name, rows in file.rows.items()
     ]
 
 
-def _file_blocks(path: Path, name: str) -> Iterator[tuple[int, Tensor]]:
+def _file_blocks(file: CountsReader, name: str) -> Iterator[tuple[int, Tensor]]:
     first = 0
-    for counts_R in count_blocks(path, name, _BLOCK_ROWS):
+    for counts_R in file.blocks(name, _BLOCK_ROWS):
         yield first, counts_R
         first += len(counts_R)
 
