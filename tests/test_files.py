@@ -220,7 +220,7 @@ def test_header_and_counts_are_of_one_file(
     save_counts(path, {"a": torch.ones(5)}, 1)
     save_counts(other, {"a": torch.full((5,), 2)}, 2)
     from_file = torch.UntypedStorage.from_file
-    calls = []
+    calls: list[Any] = []
 
     def replace_first(*arguments: Any, **options: Any) -> Any:
         if not calls:

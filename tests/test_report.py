@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -320,6 +323,74 @@ def damage(folder: Path, what: str) -> Path:
     return path
 
 
+class Attack:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.sign),)
+
+
+def change_metadata(folder: Path, change: Callable[[Any], object]) -> None:
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "where", ["whole", "planner_data", "storage_meta", "state_dict_metadata", "tensor", "relative"]
+)
+def test_a_hostile_checkpoint_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    folder, sign = tmp_path / "checkpoint", tmp_path / "sign"
+    attack: Any = Attack(sign)
+    steps = f"{KEY}_steps"
+    save(folder, {KEY: torch.arange(3), steps: attack if where == "tensor" else torch.ones(2)})
+    if where == "whole":
+        (folder / ".metadata").write_bytes(pickle.dumps(attack))
+    elif where == "state_dict_metadata":
+        change_metadata(folder, lambda m: m.state_dict_metadata.update(x=attack))
+    elif where == "relative":  # a file of another folder
+        torch.save(attack, tmp_path / "other")
+        (info, *_) = pickle.loads((folder / ".metadata").read_bytes()).storage_data.values()
+        change_metadata(
+            folder,
+            lambda m: m.storage_data.update(
+                {k: replace(info, relative_path="../other") for k in m.storage_data}
+            ),
+        )
+    elif where != "tensor":
+        change_metadata(folder, lambda m: setattr(m, where, attack))
+    assert main(["report", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert not sign.exists()
+    assert "Traceback" not in error and error.count("\n") == 1
+    if where == "tensor":
+        assert f"{steps} is no tensor" in error
+    elif where == "relative":
+        assert "damaged" in error and "../other" in error
+    else:
+        assert "asks for posix.mkdir" in error
+
+
+def test_metadata_that_promise_too_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, rows = tmp_path / "checkpoint", 10**15
+
+    def grow(metadata: Any) -> None:
+        stored = metadata.state_dict_metadata[KEY]
+        stored.size = stored.chunks[0].sizes = torch.Size([rows])
+
+    change_metadata(save(folder, {KEY: torch.arange(3)}), grow)
+    assert main(["report", str(folder)]) == 2
+    assert f"no place for {rows} rows" in capsys.readouterr().err
+
+
 def test_tables_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     names = ["cat_10", "cat_9", "a"]
     path = save(tmp_path / "input", {f"{name}.row_counter": torch.arange(3) for name in names})
@@ -349,7 +420,7 @@ def test_a_file_is_no_folder_for_the_page(
         ("wrong type", "no tensor of counts"),
         ("negative in checkpoint", "counts must lie in 0 to .* got -5"),
         ("rows missing", "lacks rows from 600 of 1000"),
-        ("truncated data", "cannot be read.*Copy it again"),
+        ("truncated data", "is truncated.*cannot be read.*Copy it again"),
         ("no data", "cannot be read.*No such file"),
         ("truncated metadata", r"\.metadata is damaged.*Copy it again"),
         ("foreign metadata", r"\.metadata is damaged.*Copy it again"),

@@ -255,4 +255,4 @@ def _checksum_of_header(name: str, rows: int, steps: int | None) -> int:
 
 def _checksum(counts_R: Tensor, start: int) -> int:
     """``start`` continued with the bytes of counts, contiguous on the CPU."""
-    return zlib.crc32(counts_R.numpy(), start)
+    return zlib.crc32(counts_R.numpy().data, start)

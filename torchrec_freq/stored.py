@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from collections import Counter
@@ -16,9 +15,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from torchrec_freq.counters import COUNT_CEILING, check_counts
+from torchrec_freq.dcp_metadata import Reader
 from torchrec_freq.files import CountsReader
 from torchrec_freq.row_state import RowShard, RowState
 from torchrec_freq.scale import SCALE_NUMBERS, TableScales
@@ -55,7 +55,8 @@ def open_stored(path: Path) -> list[StoredTable]:
     """The tables in a file of counts, or in a checkpoint of ``torch.distributed.checkpoint``.
 
     Only what describes them is read; memory holds a block of the counts at a time, some 16 MB of a
-    file, or twice a shard as a rank saved it of a checkpoint. It needs no process group.
+    file, or twice a shard as a rank saved it of a checkpoint. It needs no process group, and runs
+    nothing of what is in the folder.
 
     Args:
         path: a file of :func:`torchrec_freq.save_counts`, or a folder with ``.metadata``.
@@ -91,10 +92,8 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
             f"{folder} is not a whole checkpoint of torch.distributed.checkpoint: it has no "
             f".metadata. Name the folder that was given to save as checkpoint_id.{below}"
         )
-    try:
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
-        raise ValueError(f"{folder}/.metadata is damaged: {error!r}. Copy it again.") from error
+    metadata = Reader(folder).read_metadata()
+    stored = metadata.state_dict_metadata
     suffix = f".{ROW_COUNTER}"
     stems = [key.removesuffix(suffix) for key in stored if key.endswith(suffix)]
     if not stems:
@@ -105,11 +104,13 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
         )
     tables = []
     for stem, name in zip(stems, _names(stems), strict=True):
-        chunks = _chunks(folder, stem + suffix, stored[stem + suffix])
+        chunks = _chunks(folder, stem + suffix, metadata)
         steps, scale = torch.zeros(2, dtype=torch.int64), torch.zeros(1, SCALE_NUMBERS).double()
         for key, into in ((ROW_COUNTER_STEPS, steps), (TABLE_SCALE, scale[0])):
             if f"{stem}.{key}" in stored:
                 _load(folder, f"{stem}.{key}", into)
+                if not bool((into.isfinite() & (into >= 0)).all()):
+                    raise ValueError(f"{folder} is damaged: {stem}.{key} is {into.tolist()}.")
         scales = TableScales(1)
         scales.totals.copy_(scale)
         tables.append(
@@ -126,9 +127,10 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Key that sorts numbers in names by their value."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
+    parts = re.split(r"(\d+)", name)  # every second one is a number
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    parts[1::2] = numbers
+    return [(len(part) if index % 2 else 0, part) for index, part in enumerate(parts)]
 
 
 def _names(stems: list[str]) -> list[str]:
@@ -144,12 +146,14 @@ def _names(stems: list[str]) -> list[str]:
     return [next(f for f, use in zip(form, uses, strict=True) if use[f] == 1) for form in forms]
 
 
-def _chunks(folder: Path, key: str, stored: Any) -> list[tuple[int, int]]:
+def _chunks(folder: Path, key: str, metadata: Metadata) -> list[tuple[int, int]]:
     """First row and number of rows of each saved part, in order."""
+    stored = metadata.state_dict_metadata[key]
     if (
         not isinstance(stored, TensorStorageMetadata)
         or len(stored.size) != 1
         or stored.properties.dtype not in (torch.int32, torch.int64)
+        or any(len(chunk.sizes) != 1 for chunk in stored.chunks)
     ):
         raise ValueError(f"{folder}: {key} is no tensor of counts [num_embeddings]: {stored}.")
     chunks = sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks)
@@ -160,6 +164,14 @@ def _chunks(folder: Path, key: str, stored: Any) -> list[tuple[int, int]]:
         end += rows
     if end != stored.size[0]:
         raise ValueError(f"{folder}: {key} lacks rows from {end} of {stored.size[0]}.")
+    # No memory for more rows than files can hold.
+    for first, rows in chunks:
+        info = metadata.storage_data.get(MetadataIndex(key, [first]))
+        if info is None or info.length < rows * stored.properties.dtype.itemsize:
+            raise ValueError(f"{folder}/.metadata is damaged: {key} has no place for {rows} rows.")
+        file = folder / info.relative_path
+        if file.exists() and file.stat().st_size < info.offset + info.length:
+            raise ValueError(f"{file} is truncated: {key} cannot be read. Copy it again.")
     return chunks
 
 
@@ -184,7 +196,11 @@ def _load(folder: Path, key: str, into: Tensor) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load({key: into}, checkpoint_id=folder, no_dist=True)
+            dcp.load({key: into}, storage_reader=Reader(folder), no_dist=True)
     except CheckpointException as error:
-        causes = "; ".join(repr(cause) for cause, _ in error.failures.values())
-        raise ValueError(f"{folder}: {key} cannot be read: {causes}. Copy it again.") from error
+        causes = [cause for cause, _ in error.failures.values()]
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise KeyboardInterrupt from error
+        raise ValueError(
+            f"{folder}: {key} cannot be read: {'; '.join(map(repr, causes))}. Copy it again."
+        ) from error
