@@ -384,6 +384,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     nulls = tmp_path / "nulls.parquet"
     holes = pa.array([[1], [2, None]], pa.list_(pa.int32()))
     pq.write_table(pa.table({"a": pa.array([1, None], pa.int32()), "b": holes}), nulls)
+    twice, vast = tmp_path / "twice.parquet", tmp_path / "vast.npy"
+    whole, part = pa.array([1, 2]), pa.array([0.5, 1.5])
+    pq.write_table(pa.table([whole, whole, whole, part], names=["a", "a", "b", "b"]), twice)
+    vast.write_bytes(x.read_bytes().replace(b"(20, 26), }", b"(%d, 26), }" % 10**30))
     np.savez(tmp_path / "zip.npy.npz", criteo(3))
     (tmp_path / "zip.npy.npz").rename(tmp_path / "zip.npy")
     (tmp_path / "empty").mkdir()
@@ -420,8 +424,13 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([x, "--batch-size", "0"], "'0' is not a whole number"),
         ([x, "--columns", "cat_1,"], "empty name"),
         ([x, "--rows", "4"], r"x.npy, samples 0 to 19, column 'cat_\d+': id \d+ .*has 4 rows"),
-        ([x, "-o", tmp_path / "no" / "counts"], "must be a file in an existing folder"),
-        ([x, "-o", tmp_path], "must be a file in an existing folder"),
+        ([x, "--rows", 2**70], f"'t_cat_0': no memory for the counts of {2**70} rows"),
+        ([x, "--rows", "9" * 5000], "is not a whole number"),
+        ([twice, "--columns", "a"], "twice.parquet: several columns are named 'a'"),
+        ([twice, "--columns", "b"], "twice.parquet: several columns are named 'b'"),
+        ([vast], "vast.npy: .*not an npy file"),
+        ([x, "-o", tmp_path / "no" / "counts"], "No such folder"),
+        ([x, "-o", tmp_path], "Is a folder"),
         ([x, "-o", x], "part of the data"),
     ]
     before = x.read_bytes()

@@ -212,9 +212,7 @@ def test_a_failing_write_leaves_the_old_file(
         save_counts(tmp_path / "nowhere" / "counts.safetensors", COUNTS)
 
 
-def test_header_and_counts_are_of_one_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_header_and_counts_are_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes the file's name between the library's two looks at it."""
     path, other = tmp_path / "counts.safetensors", tmp_path / "other"
     save_counts(path, {"a": torch.ones(5)}, 1)

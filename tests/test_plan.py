@@ -63,7 +63,7 @@ def test_shipped_specs() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("rows = 10,", "rows = -1,", "table 'shop': rows must be a whole number >= 1; got -1"),
+        ("rows = 10,", "rows = -1,", "table 'shop': rows must be a whole number >= 1 .*; got -1"),
         ("rows = 10,", "rows = 1.5,", "table 'shop': rows must be a whole number"),
         ("rows = 10,", "", "'rows'"),
         ("dim = 16", "dim = 18", "table 'shop': dim must be a multiple of 4; got 18"),
@@ -74,10 +74,32 @@ def test_shipped_specs() -> None:
         ('"shop"', '"user"', "every table needs a name of its own"),
         ("batch_size = 512", "", "batch_size must be a whole number"),
         ("batch_size = 512", "batch_size = 512\nseed = 1", "unknown keys: seed"),
+        (
+            "rows = 10,",
+            "rows = 1_000_000_000_001,",
+            "table 'shop': rows must be .* <= 1000000000000",
+        ),
+        ("dim = 16", "dim = 65540", "table 'shop': dim must be .* <= 65536; got 65540"),
+        ("0.5", "inf", "table 'item': pooling must be above 0"),
+        ("0.5", "nan", "table 'item': pooling must be above 0"),
+        (
+            '"shop"',
+            '"a.b"',
+            r"table 'a\.b': a module cannot have this name: .* can't contain \"\.\"",
+        ),
+        ('"shop"', '"training"', "table 'training': a module cannot have this name: .* exists"),
+        ('{ name = "user", rows = 1_000_000 }', "7", r"needs a list of tables, .*\[cluster\]"),
+        ('{ name = "user", rows = 1_000_000 }', "[7]", r"needs a list of tables, .*\[cluster\]"),
+        ("batch_size = 512", "batch_size = 1_000_000_000_001", "batch_size must be .* <= 1000"),
+        ("batch_size = 512", "x = " + "[" * 9999, "not a TOML file"),
+        ("ranks = 4", "ranks = 5000", "ranks must be <= 4096; got 5000"),
+        ("ranks = 4", "ranks = 1_000_000_000_000", "ranks must be <= 4096; got 10+"),
+        ("hbm_gb = 2", "hbm_gb = inf", "hbm_gb must be a number above 0 and <= 10+; got inf"),
+        ("hbm_gb = 2", "hbm_gb = nan", "hbm_gb must be a number above 0 and <= 10+; got nan"),
         ("ranks = 4", "ranks = 3", "ranks must be a multiple of ranks_per_host"),
         ("ranks = 4", "ranks = true", "cluster: ranks must be a whole number >= 1; got True"),
         ("ranks = 4", "ranks = 4.0", "cluster: ranks must be a whole number >= 1; got 4.0"),
-        ("hbm_gb = 2", "hbm_gb = 0", "hbm_gb must be a number above 0; got 0"),
+        ("hbm_gb = 2", "hbm_gb = 0", "hbm_gb must be a number above 0 and .*; got 0"),
         ("hbm_gb = 2", "hbm_gb = 2\nreserved = 1", "reserved must be"),
         ("hbm_gb = 2", "vram_gb = 2", "vram_gb"),
         ("[cluster]", "[clutter]", r"needs a list of tables, .* and a section \[cluster\]"),
@@ -95,6 +117,34 @@ def test_wrong_specs(spec_file: Path, old: str, new: str, message: str) -> None:
 def test_unknown_spec(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "criteo"]) == 2
     assert "give a .toml file, or one of criteo-1tb, dlrm-dcnv2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--timeout", "0"],
+        ["--timeout", "-1"],
+        ["--ranks", "0"],
+        ["--ranks", str(10**12)],
+        ["--hbm-gb", "inf"],
+        ["--hbm-gb", "1e300"],
+        ["--batch-size", str(10**13)],
+    ],
+)
+def test_wrong_options(
+    spec_file: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    try:
+        status: object = main(["plan", str(spec_file), *option])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    assert status == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        line.startswith("python -m torchrec_freq plan: error: ")
+        and "must be" in line
+        or ("is not a whole number" in line)
+    )
 
 
 def test_memory_by_hand(spec_file: Path) -> None:

@@ -3,7 +3,16 @@
 Importing this package registers :class:`FrequencySGD` with TorchRec.
 """
 
+import signal
 import sys
+
+# While `python -m torchrec_freq` imports this, Ctrl-C ends it without a trace, as later on.
+if (
+    sys.argv[:1] == ["-m"]
+    and "torchrec_freq" in sys.orig_argv
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from torchrec_freq import _versions
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
 
 from torchrec_freq.commands import count, doctor, plan, report
+from torchrec_freq.commands.terminal import visible
 
 COMMANDS: Final = {"count": count, "doctor": doctor, "plan": plan, "report": report}
 """Modules with a ``HELP`` line, ``add_arguments(parser)``, and ``run(arguments)``, which may return
@@ -18,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        Exit status: 0, or the command's; 2 where the arguments or their files are wrong, with a
-        line on stderr.
+        Exit status: 0, or the command's; 2 where the arguments or their files are wrong, 130 after
+        Ctrl-C, both with a line on stderr; 141 where nobody reads the output to its end.
     """
     parser = argparse.ArgumentParser(
         prog="python -m torchrec_freq", description="Tools for FrequencySGD and its row counts."
@@ -37,11 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         status: int | None = parsed.run(parsed)
+        print(end="", flush=True)  # a full disk shows here, not when Python ends
+    except KeyboardInterrupt:
+        print(f"{parsed.prog}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        print(f"{parsed.prog}: error: {error}", file=sys.stderr)
+        print(f"{parsed.prog}: error: {visible(str(error))}", file=sys.stderr)
         return 2
     return status or 0
 
 
+def _main() -> int:
+    """The command line as a program of its own."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see torchrec_freq/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What a terminal has no letters for is still shown.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    status = main()
+    try:
+        print(end="", flush=True)
+    except OSError:  # main has said so; Python would again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())

@@ -1,7 +1,7 @@
 """Checkpoints of ``torch.distributed.checkpoint`` read without running what may be in them.
 
-A checkpoint's ``.metadata`` is a pickle, which can name any function to call. Read here, it can name
-the classes of DCP's metadata and torch's types only.
+A checkpoint's ``.metadata`` is a pickle, which can name any function to call. Read here, it can
+name the classes of DCP's metadata and torch's types only.
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ class Reader(FileSystemReader):
         checked.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return checked
 
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads tensors.
 
@@ -98,8 +97,8 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise _Refused(
-            f"asks for {module}.{name}, which DCP's metadata do not need: it is damaged, or made to "
-            "run a program. Nothing of it was run."
+            f"asks for {module}.{name}, which DCP's metadata do not need: it is damaged, or made "
+            "to run a program. Nothing of it was run."
         )
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and can be checked before the work that fills them."""
+"""Files that are written whole or not at all, and can be checked before the work for them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _target(path: Path) -> Path:
             raise OSError(errno.EINVAL, "Is a pipe or device; name a regular file", str(path))
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "Is not in an existing folder; make it", str(path))
+        raise FileNotFoundError(errno.ENOENT, "No such folder; make it first", str(path))
     return target
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,7 +28,8 @@ _BLOCK_ROWS: Final = 1 << 22
 
 # Of a sharded collection: what the user called the optimizer, the collection's path, the table.
 _SHARDED: Final = re.compile(
-    r"(?:(?:.*\.)?state\.)?(?:(?P<path>.+)\.)?embedding(?:_bag)?s\.(?P<table>.+)\.weight\.(?P=table)"
+    r"(?:(?:.*\.)?state\.)?(?:(?P<path>.+)\.)?embedding(?:_bag)?s\.(?P<table>.+)\.weight\.(?P=table)",
+    re.DOTALL,
 )
 
 

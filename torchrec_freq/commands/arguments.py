@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 
-def whole_number(text: str) -> int:
-    """A number from 1.
+def whole_number(text: str, most: int | None = None) -> int:
+    """A number from 1 to ``most``.
 
     Raises:
         argparse.ArgumentTypeError: it is none.
@@ -15,11 +15,12 @@ def whole_number(text: str) -> int:
         number = int(text)
     except ValueError:
         number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    if number < 1 or (most is not None and number > most):
+        bounds = ">= 1" if most is None else f"from 1 to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
     return number
 
 
-def whole_numbers(text: str) -> list[int]:
-    """Numbers from 1, with commas between them."""
-    return [whole_number(part) for part in text.split(",")]
+def whole_numbers(text: str, most: int | None = None) -> list[int]:
+    """Numbers from 1 to ``most``, with commas between them."""
+    return [whole_number(part, most) for part in text.split(",")]

@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchrec_freq.commands.arguments import whole_number, whole_numbers
+from torchrec_freq.commands.terminal import visible
 from torchrec_freq.counters import COUNT_CEILING, RowCounters
 from torchrec_freq.files import save_counts
+from torchrec_freq.output import check_output
 
 HELP: Final = "count the ids of a data set (Criteo npy, Parquet) into a file of counts"
 
@@ -131,8 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
         OSError: a file cannot be read or written.
     """
     output: Path = arguments.output
-    if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f"{output}: must be a file in an existing folder.")
+    check_output(output)
     # A bad file is found here, not after hours of counting.
     files = [_open(path) for path in _find(arguments.data)]
     for file in files:
@@ -162,7 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
     steps = None if batch_size is None else max(samples // batch_size, 1)
     save_counts(output, tally.counts(), steps)
     print(
-        f"{output}: {len(rows)} tables, {samples:,} samples, {tally.ids:,} ids"
+        f"{visible(str(output))}: {len(rows)} tables, {samples:,} samples, {tally.ids:,} ids"
         + ("" if steps is None else f", {steps:,} steps")
     )
 
@@ -180,7 +181,7 @@ class _Tally:
                 raise ValueError(f"Table {table!r}: rows must be a whole number >= 1; got {count}.")
             try:
                 self._counters[table] = RowCounters([count])
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:  # the latter from 2^63 rows on
                 raise ValueError(
                     f"Table {table!r}: no memory for the counts of {count} rows ({4 * count} bytes)"
                     ". Count fewer tables at once."
@@ -291,7 +292,7 @@ def _open_npy(path: Path) -> _DataFile:
     def open_file() -> NDArray[Any]:
         try:
             return np.lib.format.open_memmap(path, mode="r")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}: truncated, or not an npy file: {error}") from error
 
     data = open_file()
@@ -335,7 +336,12 @@ def _open_parquet(path: Path) -> _DataFile:
     try:
         with pq.ParquetFile(path) as file:
             samples = file.metadata.num_rows
-            columns = tuple(field.name for field in file.schema_arrow if holds_ids(field.type))
+            schema = file.schema_arrow
+            columns = tuple(
+                field.name
+                for field in schema
+                if holds_ids(field.type) or len(schema.get_all_field_indices(field.name)) > 1
+            )
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: truncated, or not a Parquet file: {error}") from error
 
@@ -389,6 +395,10 @@ def _choose_columns(files: Sequence[_DataFile], chosen: Sequence[str] | None) ->
         return list(CRITEO_COLUMNS)
     for file in files:
         for column in chosen:
+            if file.columns.count(column) > 1:
+                raise ValueError(
+                    f"{file.path}: several columns are named {column!r}; rename all but one."
+                )
             if column not in file.columns:
                 raise ValueError(
                     f"{file.path}: no column {column!r} of whole numbers or lists of them. Such "

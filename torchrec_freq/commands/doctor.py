@@ -35,6 +35,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_freq import _versions
+from torchrec_freq.commands.terminal import visible
 from torchrec_freq.config import DEFAULT_COHERENCE
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.state import row_counts
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     for finding in findings():
         found.append(finding)
         if not arguments.json:
-            print(f"{finding.state:4}  {finding.name:14}  {finding.text}", flush=True)
+            print(f"{finding.state:4}  {finding.name:14}  {visible(finding.text)}", flush=True)
             for command in finding.fix:
                 print(f"{'':4}  {'':14}  $ {command}", flush=True)
     fails = sum(finding.state == "FAIL" for finding in found)

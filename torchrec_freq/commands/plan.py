@@ -48,8 +48,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from torchrec_freq.commands.arguments import whole_number
+from torchrec_freq.commands.terminal import VisibleFormatter
 from torchrec_freq.files import load_counts
 from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.output import check_output, write_text
 from torchrec_freq.planner import Counts, FrequencyStats, make_planner, shard_loads
 from torchrec_freq.traffic import TableTraffic
 
@@ -66,6 +69,12 @@ OPTIMIZERS: Final[Mapping[str, type[torch.optim.Optimizer]]] = {
     "Adam": torch.optim.Adam,
 }
 SPECS: Final = Path(__file__).parent / "specs"
+MOST_RANKS: Final = 4096
+"""With as many, TorchRec's planner takes most of a minute to its first plan; its time grows with
+the ranks."""
+
+# Of rows, samples, gigabytes and such: above all hardware, and below what overflows.
+_MOST: Final = 10**12
 
 _DTYPES: Final = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 _HBM_KERNELS: Final = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
@@ -90,10 +99,17 @@ class TableSpec:
     pooling: float | Sequence[float] = 1
 
     def __post_init__(self) -> None:
-        for field, value in (("rows", self.rows), ("dim", self.dim)):
-            if type(value) is not int or value < 1:
+        try:
+            torch.nn.ModuleDict({self.name: torch.nn.Identity()})  # as TorchRec will
+        except KeyError as error:
+            raise ValueError(
+                f"table {self.name!r}: a module cannot have this name: {error.args[0]}"
+            ) from error
+        for field, value, most in (("rows", self.rows, _MOST), ("dim", self.dim, 1 << 16)):
+            if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(
-                    f"table {self.name!r}: {field} must be a whole number >= 1; got {value!r}"
+                    f"table {self.name!r}: {field} must be a whole number >= 1 and <= {most}; got "
+                    f"{value!r}"
                 )
         if self.dim % 4:
             raise ValueError(f"table {self.name!r}: dim must be a multiple of 4; got {self.dim}")
@@ -103,11 +119,11 @@ class TableSpec:
                 f"{self.dtype!r}"
             )
         if not self.pooling_factors or not all(
-            type(ids) in (int, float) and ids > 0 for ids in self.pooling_factors
+            type(ids) in (int, float) and 0 < ids <= _MOST for ids in self.pooling_factors
         ):
             raise ValueError(
-                f"table {self.name!r}: pooling must be above 0, or a list of such numbers; got "
-                f"{self.pooling!r}"
+                f"table {self.name!r}: pooling must be above 0 and <= {_MOST}, or a list of such "
+                f"numbers; got {self.pooling!r}"
             )
 
     @property
@@ -143,6 +159,11 @@ class Cluster:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"cluster: {name} must be a whole number >= 1; got {value!r}")
+        if self.ranks > MOST_RANKS:
+            raise ValueError(
+                f"cluster: ranks must be <= {MOST_RANKS}; got {self.ranks}. TorchRec's planner "
+                "takes minutes to hours for its first plan on more"
+            )
         if type(self.reserved) not in (int, float) or not 0 <= self.reserved < 1:
             raise ValueError(f"cluster: reserved must be 0 to below 1; got {self.reserved!r}")
         for field in dataclasses.fields(self):
@@ -150,9 +171,11 @@ class Cluster:
             if (
                 field.name != "reserved"
                 and value is not None
-                and not (type(value) in (int, float) and value > 0)
+                and not (type(value) in (int, float) and 0 < value <= _MOST)
             ):
-                raise ValueError(f"cluster: {field.name} must be a number above 0; got {value!r}")
+                raise ValueError(
+                    f"cluster: {field.name} must be a number above 0 and <= {_MOST}; got {value!r}"
+                )
         if self.ranks % self.per_host:
             raise ValueError(
                 f"cluster: ranks must be a multiple of ranks_per_host ({self.per_host}); got "
@@ -248,7 +271,7 @@ def read_spec(path: Path, **overrides: Any) -> Spec:
         path = shipped
     try:
         data = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
     try:
         return _spec(data, {key: value for key, value in overrides.items() if value is not None})
@@ -260,16 +283,20 @@ def read_spec(path: Path, **overrides: Any) -> Spec:
 def _spec(data: dict[str, Any], overrides: Mapping[str, Any]) -> Spec:
     shared = {key: data.pop(key) for key in ("dim", "dtype", "pooling") if key in data}
     tables, cluster = data.pop("tables", None), data.pop("cluster", None)
-    if not isinstance(tables, list) or not tables or not isinstance(cluster, dict):
-        raise ValueError("needs a list of tables, tables = [...], and a section [cluster]")
+    if not (
+        isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)
+    ) or not isinstance(cluster, dict):
+        raise ValueError("needs a list of tables, tables = [{...}], and a section [cluster]")
     names = [table.get("name") for table in tables]
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ValueError("every table needs a name of its own")
     data |= {key: value for key, value in overrides.items() if key == "batch_size"}
     cluster |= {key: value for key, value in overrides.items() if key != "batch_size"}
     batch_size = data.pop("batch_size", None)
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number >= 1 of samples; got {batch_size!r}")
+    if type(batch_size) is not int or not 1 <= batch_size <= _MOST:
+        raise ValueError(
+            f"batch_size must be a whole number of samples >= 1 and <= {_MOST}; got {batch_size!r}"
+        )
     if data:
         raise ValueError(f"unknown keys: {', '.join(data)}")
     return Spec(
@@ -314,7 +341,8 @@ def plan(
     Args:
         counts: by table name. With them, row-wise shards have their own loads, and caches grow
             into the memory that is left where they serve most.
-        timeout_seconds: ends the search of each of at most three plans with the best so far.
+        timeout_seconds: at least 1; ends the search of each of at most three plans with the best so
+            far.
 
     Returns:
         The plan in HBM; if there is none, the one with cached tables in host memory.
@@ -427,9 +455,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file of counts with the spec's table names: hot shards cost more, caches are sized "
         "by table (default: all rows equal)",
     )
-    parser.add_argument("--ranks", type=int, help="GPUs (default: the spec's)")
+    parser.add_argument(
+        "--ranks", type=whole_number, help=f"GPUs, up to {MOST_RANKS} (default: the spec's)"
+    )
     parser.add_argument("--hbm-gb", type=float, help="HBM of a GPU, GB of 2^30 bytes")
-    parser.add_argument("--batch-size", type=int, metavar="SAMPLES", help="samples of a rank")
+    parser.add_argument(
+        "--batch-size", type=whole_number, metavar="SAMPLES", help="samples of a rank"
+    )
     parser.add_argument(
         "--optimizer",
         nargs="+",
@@ -439,7 +471,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=int,
+        type=whole_number,
         metavar="SECONDS",
         help="take the best plan of this long a search; on 1024 ranks it takes minutes "
         "(default: search to the end)",
@@ -463,12 +495,16 @@ def run(arguments: argparse.Namespace) -> None:
         hbm_gb=arguments.hbm_gb,
         batch_size=arguments.batch_size,
     )
+    if arguments.json is not None:
+        check_output(arguments.json)
     counts = None if arguments.counts is None else _read_counts(arguments.counts, spec)
     # TorchRec warns of each data-parallel table that it has no sharding spec.
     logging.getLogger().setLevel(logging.ERROR)
     if arguments.report:
         reports = logging.getLogger("torchrec.distributed.planner.stats")
-        reports.addHandler(logging.StreamHandler(sys.stdout))
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(VisibleFormatter())
+        reports.addHandler(handler)
         reports.setLevel(logging.INFO)
     results = [
         plan(spec, optimizer, counts, arguments.timeout)
@@ -477,7 +513,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(spec, results))
     if arguments.json is not None:
         text = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
-        arguments.json.write_text(text + "\n")
+        write_text(arguments.json, text + "\n")
 
 
 def _read_counts(path: Path, spec: Spec) -> dict[str, TableTraffic]:

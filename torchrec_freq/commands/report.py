@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,11 +20,13 @@ import torch
 from tqdm import tqdm
 
 from torchrec_freq.commands.arguments import whole_numbers
+from torchrec_freq.commands.terminal import visible
 from torchrec_freq.config import DEFAULT_COHERENCE, DEFAULT_MIN_COUNT, FrequencyConfig
 from torchrec_freq.monitor import QUANTILES, learning_rates
+from torchrec_freq.output import check_folder, check_output, write_text
 from torchrec_freq.planner import MeasuredCacheStatistics
 from torchrec_freq.stored import StoredTable, open_stored
-from torchrec_freq.traffic import Policy, TableTraffic, ZipfFit
+from torchrec_freq.traffic import BLOCKS, Policy, TableTraffic, ZipfFit
 
 HELP: Final = "show what counts say: skew, learning rates, caches, balance of shards"
 
@@ -201,7 +204,7 @@ def _cache(statistics: MeasuredCacheStatistics, rows: int, settings: Settings) -
 def text_tables(reports: Sequence[TableReport], settings: Settings) -> list[TextTable]:
     """The reports as tables, a line a table of the model."""
     several = len({report.source for report in reports}) > 1
-    names = [f"{r.source}: {r.name}" if several else r.name for r in reports]
+    names = [visible(f"{r.source}: {r.name}" if several else r.name) for r in reports]
 
     def lines(cells: Callable[[TableReport], list[str]]) -> list[list[str]]:
         return [[name, *cells(report)] for name, report in zip(names, reports, strict=True)]
@@ -280,7 +283,7 @@ def text_tables(reports: Sequence[TableReport], settings: Settings) -> list[Text
 
 def markdown(table: TextTable) -> str:
     """A table with a title and a note, in Markdown that is also readable as it is."""
-    lines = [table.header, *table.rows]
+    lines = [[c.replace("|", "\\|") for c in line] for line in (table.header, *table.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
 
     def row(cells: Sequence[str]) -> str:
@@ -289,7 +292,8 @@ def markdown(table: TextTable) -> str:
         return f"| {' | '.join(aligned)} |"
 
     rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (w + 1)}:|" for w in widths[1:])
-    body = "\n".join([row(table.header), rule, *map(row, table.rows)])
+    header, *rows = map(row, lines)
+    body = "\n".join([header, rule, *rows])
     return f"{table.title}\n\n{body}\n\n{table.note}\n"
 
 
@@ -331,7 +335,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ranks",
-        type=whole_numbers,
+        type=partial(whole_numbers, most=BLOCKS),
         default=Settings.ranks,
         metavar="N[,N...]",
         help="numbers of row-wise shards (default: 2,4,8,16,32,64)",
@@ -366,8 +370,6 @@ def run(arguments: argparse.Namespace) -> None:
         OSError: a file cannot be read or written.
     """
     output: Path | None = arguments.output
-    if output is not None and output.exists() and not output.is_dir():
-        raise ValueError(f"-o {output} is a file; give a folder.")
     page: Any = None if output is None else _page()  # before an hour of reading
     settings = Settings(
         batch_lookups=arguments.batch_lookups,
@@ -382,14 +384,16 @@ def run(arguments: argparse.Namespace) -> None:
     )
     stored = [(str(path), table) for path in arguments.file for table in open_stored(path)]
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+        check_folder(output)
+    if arguments.json is not None:
+        check_output(arguments.json)
     reports: list[TableReport] = []
     plots: list[bytes] = []
     rows = sum(table.rows for _, table in stored)
     # Without a terminal no bar is drawn.
     with tqdm(total=rows, unit=" rows", unit_scale=True, disable=None) as bar:
         for source, table in stored:
-            bar.set_description(table.name)
+            bar.set_description(visible(table.name))
             traffic = TableTraffic.of(torch.empty(0, dtype=torch.int32), 0, table.rows)
             for first, counts_R in table.blocks():
                 traffic += TableTraffic.of(counts_R, first, table.rows, table=table.name)
@@ -401,10 +405,10 @@ def run(arguments: argparse.Namespace) -> None:
     print("\n".join(map(markdown, parts)))
     if output is not None:
         page.write(output, reports, plots, parts)
-        print(f"{output}: report.html and {len(plots)} plots")
+        print(f"{visible(str(output))}: report.html and {len(plots)} plots")
     if arguments.json is not None:
         values = json.dumps([dataclasses.asdict(report) for report in reports], indent=1)
-        arguments.json.write_text(values + "\n")
+        write_text(arguments.json, values + "\n")
 
 
 def _page() -> Any:

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 from torchrec_freq._versions import __version__
 from torchrec_freq.commands.report import POLICIES, Settings, TableReport, TextTable, rates_of
+from torchrec_freq.commands.terminal import visible
+from torchrec_freq.output import write_text, writing
 from torchrec_freq.planner import MeasuredCacheStatistics
 from torchrec_freq.stored import StoredTable
 from torchrec_freq.traffic import CountHistogram
@@ -29,7 +31,7 @@ def plot(
     """A PNG of what the counts of a table say."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     frequency, coverage, rates, caches = figure.subplots(2, 2).flat
-    figure.suptitle(_plain(report.name))
+    figure.suptitle(_plain(visible(report.name)))
     if report.lookups:
         _plot_frequency(frequency, report, histogram)
         _plot_coverage(coverage, histogram)
@@ -51,20 +53,22 @@ def write(
 ) -> None:
     """Writes ``report.html`` and a PNG a table."""
     for number, (report, png) in enumerate(zip(reports, plots, strict=True), start=1):
-        name = re.sub(r"[^\w.-]", "_", report.name)[:100]  # a file name cannot hold every table's
-        (folder / f"{number:02}-{name}.png").write_bytes(png)
+        # A file name cannot hold every table's, and has an end counted in bytes.
+        name = re.sub(r"[^\w.-]", "_", report.name).encode()[:100].decode(errors="ignore")
+        with writing(folder / f"{number:02}-{name}.png") as file:
+            file.write_bytes(png)
     template = resources.files("torchrec_freq.commands") / "templates" / "report.html"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     html = environment.from_string(template.read_text(encoding="utf-8")).render(
         version=__version__,
-        sources=list(dict.fromkeys(report.source for report in reports)),
+        sources=list(dict.fromkeys(visible(report.source) for report in reports)),
         tables=tables,
         plots=[
-            (report.name, base64.b64encode(png).decode())
+            (visible(report.name), base64.b64encode(png).decode())
             for report, png in zip(reports, plots, strict=True)
         ],
     )
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    write_text(folder / "report.html", html)
 
 
 def _plot_frequency(axes: Any, report: TableReport, histogram: CountHistogram) -> None:
