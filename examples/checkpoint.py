@@ -16,20 +16,39 @@ The counters of FrequencySGD are part of the state of `model.fused_optimizer`, a
 knows of them.
 """
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 MANIFEST: Final = "checkpoint.json"
+BLOCK_BYTES: Final = 1 << 24
+"""Of a file, with a checksum each."""
+
+# What is not whole has one of these before its name.
+_WRITING, _DELETING = "writing-", "deleting-"
+
+
+class NotSaved(OSError):
+    """A checkpoint could not be written; those before it are as they were. All ranks raise it."""
+
+
+class NoCheckpoint(ValueError):
+    """There are checkpoints, but none to go on from. All ranks raise it."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,15 @@ class Checkpoint:
     step: int
     settings: dict[str, Any]
     progress: Any  # what `save` was given
+    files: dict[str, dict[str, Any]]  # by name: bytes, and crc32 of each block
 
 
 class Checkpoints:
     """The checkpoints of one training run, in a folder that all ranks see.
 
     A checkpoint is a folder `step-00000040` of torch.distributed.checkpoint, with a manifest of its
-    files. It gets that name when everything is written; what a killed run leaves has another one.
+    files and their checksums. It gets that name when everything is on the disk; what a killed run
+    leaves has another one.
 
     Args:
         folder: made when needed; another run needs another folder.
@@ -68,100 +89,322 @@ class Checkpoints:
             step: steps trained so far.
             state: models and optimizers by name, or tensors.
             progress: what else the run needs to go on, as JSON has it; that of rank 0 is kept.
+
+        Raises:
+            NotSaved: the disk is full, or cannot be written for another reason. The checkpoints
+                before this one are kept, and the next call may succeed.
         """
         final = self.folder / _name(step)
-        temporary = self.folder / f"writing-{final.name}"
-        if dist.get_rank() == 0:
-            for leftover in self.folder.glob("writing-*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(state, checkpoint_id=temporary)  # returns when the files of all ranks are on disk
-        if dist.get_rank() == 0:
-            manifest = {
-                "step": step,
-                "settings": self.settings,
-                "progress": progress,
-                "files": {path.name: path.stat().st_size for path in temporary.iterdir()},
-            }
-            with (temporary / MANIFEST).open("w") as file:
-                json.dump(manifest, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if final.exists():  # damaged, or the run would have resumed from it
-                shutil.rmtree(final)
-            temporary.rename(final)  # atomic: from here on there is a checkpoint of this step
-            self._prune(step)
-        dist.barrier()
+        temporary = self.folder / f"{_WRITING}{final.name}"
+        first = dist.get_rank() == 0
+        with _agreed(f"{final} is not saved"):
+            if first:
+                for leftover in self._paths(_WRITING) + self._paths(_DELETING):
+                    _delete(leftover)
+                temporary.mkdir(parents=True)
+        writer = _Writer(temporary)
+        try:
+            with _agreed(f"{final} is not saved"):
+                # Returns when the files of all ranks are on the disk, or raises on all of them.
+                writer.write(state)
+            files = {name: file for part in _gathered(writer.files()) for name, file in part}
+            with _agreed(f"{final} is not saved"):
+                if first:
+                    _write_manifest(temporary, step, self.settings, progress, files)
+                    if final.exists():  # damaged, or the run would have resumed from it
+                        _delete(final)
+                    temporary.rename(final)  # atomic: from here on this step has a checkpoint
+                    _sync(self.folder)
+                    self._prune(step)
+        except NotSaved:
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)  # room for what is more urgent
+            raise
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, the same on every rank. All ranks must call it.
 
+        The ranks share the work of reading it to compare its checksums. One that is damaged is
+        passed over with a warning that says why.
+
         Raises:
-            ValueError: it was made with other settings.
+            NoCheckpoint: it was made with other settings, or all checkpoints are damaged.
         """
-        found: list[Checkpoint | None] = [None]
-        if dist.get_rank() == 0:  # ranks that look for themselves could see different folders
-            found += self._whole()
-        found = found[-1:]
-        dist.broadcast_object_list(found)
-        (checkpoint,) = found
-        if checkpoint is not None and checkpoint.settings != self.settings:
-            then, now = checkpoint.settings, self.settings
-            differences = "; ".join(
-                f"{name} was {then.get(name)}, is {now.get(name)}"
-                for name in sorted(then.keys() | now.keys())
-                if then.get(name) != now.get(name)
+        # Ranks that look for themselves could see different folders.
+        found, faults = _from_first(self._whole() if dist.get_rank() == 0 else None)
+        checkpoint: Checkpoint
+        for checkpoint in reversed(found):
+            if checkpoint.settings != self.settings:
+                then, now = checkpoint.settings, self.settings
+                differences = "; ".join(
+                    f"{name} was {then.get(name)}, is {now.get(name)}"
+                    for name in sorted(then.keys() | now.keys())
+                    if then.get(name) != now.get(name)
+                )
+                raise NoCheckpoint(
+                    f"{checkpoint.path} comes from a run with other settings: {differences}. Take "
+                    "its settings to resume it, or another folder to start anew."
+                )
+            fault = next(filter(None, _gathered(_damage(checkpoint))), None)
+            if fault is None:
+                return checkpoint
+            _pass_over(checkpoint.path, fault)
+            faults.append(f"{checkpoint.path}: {fault}")
+        if faults:
+            raise NoCheckpoint(
+                f"None of the checkpoints in {self.folder} is whole: {'; '.join(faults)}. Copy "
+                "them again, or name another folder to start anew."
             )
-            raise ValueError(
-                f"{checkpoint.path} comes from a run with other settings: {differences}. Take its "
-                "settings to resume it, or another folder to start anew."
-            )
-        return checkpoint
+        return None
 
     def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         """Loads what `save` was given, in place, whatever the number of ranks and sharding plan.
 
-        All ranks must call it. An optimizer that makes its state in its first step, such as
-        TorchRec's `KeyedOptimizerWrapper`, needs its `init_state()` before.
+        All ranks must call it, those without a table too. An optimizer that makes its state in its
+        first step, such as TorchRec's `KeyedOptimizerWrapper`, needs its `init_state()` before.
         """
         # The default, made for FSDP, leaves out tables without a shard on this rank. It then takes
-        # the checkpoint for one of torch 2.3 and asks for SGD's state, which has no tensors.
+        # the checkpoint for one of torch 2.3 and asks for the state of an optimizer without any,
+        # which has no tensors, and was not saved.
         planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
         dcp.load(state, checkpoint_id=checkpoint.path, planner=planner)
 
-    def _whole(self) -> list[Checkpoint]:
-        """The whole checkpoints on disk, oldest first."""
-        found = []
-        for path in sorted(self.folder.glob("step-*")):
+    def _paths(self, prefix: str = "") -> list[Path]:
+        """Folders named as checkpoints, in order of their steps, and none of somebody else."""
+        pattern = re.compile(rf"{prefix}step-\d{{8,18}}")
+        return sorted(
+            filter(lambda path: pattern.fullmatch(path.name), self.folder.glob("*")), key=_step
+        )
+
+    def _whole(self) -> tuple[list[Checkpoint], list[str]]:
+        """Those that seem whole, oldest first, and what is wrong with the others."""
+        found, faults = [], []
+        for path in self._paths():
             try:
                 found.append(read(path))
             except (OSError, ValueError) as error:
-                warnings.warn(f"{path} is not a whole checkpoint, skipped: {error}", stacklevel=3)
-        return found
+                _pass_over(path, str(error))
+                faults.append(f"{path}: {error}")
+        return found, faults
 
     def _prune(self, step: int) -> None:
         """Deletes the checkpoints up to this step, and their remains, but the last `keep`."""
-        whole = [checkpoint for checkpoint in self._whole() if checkpoint.step <= step]
+        whole = [checkpoint for checkpoint in self._whole()[0] if checkpoint.step <= step]
         kept = {checkpoint.path for checkpoint in whole[-self.keep :]}
-        for path in self.folder.glob("step-*"):
-            if path not in kept and path.name <= _name(step):
-                shutil.rmtree(path)
+        for path in self._paths():
+            if path not in kept and _step(path) <= step:
+                try:
+                    _delete(path)
+                except OSError as error:  # the new one is saved all the same
+                    warnings.warn(f"{path} cannot be deleted: {error}", stacklevel=2)
 
 
 def read(path: Path) -> Checkpoint:
-    """What the manifest of a checkpoint says.
+    """What the manifest of a checkpoint says. The content of its files is not looked at.
 
     Raises:
         OSError: a file is missing.
-        ValueError: a file is cut short.
+        ValueError: a file is cut short, or the manifest damaged.
     """
-    manifest = json.loads((path / MANIFEST).read_text())  # its JSONDecodeError is a ValueError
-    for name, size in manifest.pop("files").items():
-        if (found := (path / name).stat().st_size) != size:
-            raise ValueError(f"{name} has {found} bytes instead of {size}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        checksum = manifest.pop("crc32")
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST} is damaged, or of an earlier version: {error!r}") from error
+    if checksum != _checksum(manifest):
+        raise ValueError(f"{MANIFEST} is damaged: it does not have its checksum")
+    if _name(manifest["step"]) != path.name:
+        raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
+    for name, file in manifest["files"].items():
+        if (found := (path / name).stat().st_size) != file["bytes"]:
+            raise ValueError(f"{name} has {found} bytes instead of {file['bytes']}")
     return Checkpoint(path, **manifest)
 
 
 def _name(step: int) -> str:
     return f"step-{step:08}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _write_manifest(
+    folder: Path, step: int, settings: Any, progress: Any, files: dict[str, Any]
+) -> None:
+    """Completes a checkpoint; on the disk when this returns."""
+    manifest = {"step": step, "settings": settings, "progress": progress, "files": files}
+    manifest = json.loads(json.dumps(manifest))  # as a reader will have it
+    manifest["crc32"] = _checksum(manifest)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(manifest, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _checksum(manifest: Any) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _damage(checkpoint: Checkpoint) -> str | None:
+    """Why this rank's part of the blocks is not what was written."""
+    blocks = [
+        (name, number, crc)
+        for name, file in checkpoint.files.items()
+        for number, crc in enumerate(file["crc32"])
+    ]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for name, number, crc in blocks[
+        len(blocks) * rank // ranks : len(blocks) * (rank + 1) // ranks
+    ]:
+        try:
+            with (checkpoint.path / name).open("rb", buffering=0) as file:
+                file.seek(number * BLOCK_BYTES)
+                if zlib.crc32(file.read(BLOCK_BYTES)) != crc:
+                    return f"{name} is damaged in block {number} of {BLOCK_BYTES >> 20} MiB"
+        except OSError as error:
+            return f"rank {rank} cannot read it: {error}"
+    return None
+
+
+def _pass_over(path: Path, why: str) -> None:
+    if dist.get_rank() == 0:
+        message = f"{path} is not a whole checkpoint, passed over: {why}"
+        warnings.warn(message, stacklevel=3)
+
+
+def _delete(path: Path) -> None:
+    """Deletes a folder in a way that nobody takes the rest of it for a checkpoint."""
+    doomed = path.with_name(f"{_DELETING}{path.name.removeprefix(_WRITING)}")
+    if path.name.startswith("step-"):
+        path = path.rename(doomed)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+class _Stream(io.BufferedWriter):
+    """A file that is being written, the checksums of its blocks, and why it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.path = path
+        self.error: OSError | None = None
+        self.bytes = 0
+        self._blocks: list[int] = []
+
+    def write(self, data: Any) -> int:
+        with self._noting():
+            written = super().write(data)
+        rest = memoryview(data).cast("B")
+        while rest:
+            used = self.bytes % BLOCK_BYTES
+            part, rest = rest[: BLOCK_BYTES - used], rest[BLOCK_BYTES - used :]
+            if used == 0:
+                self._blocks.append(0)
+            self._blocks[-1] = zlib.crc32(part, self._blocks[-1])
+            self.bytes += len(part)
+        return written
+
+    def flush(self) -> None:
+        with self._noting():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of which torch only says "unexpected pos"
+            self.error = OSError(error.errno, error.strerror, str(self.path))
+            raise
+
+    def fileno(self) -> int:
+        self.flush()  # DCP asks for it for fsync, and would flush later
+        return super().fileno()
+
+    @property
+    def checksums(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "crc32": self._blocks}
+
+
+class _Files(FileSystem):
+    """DCP's files."""
+
+    def __init__(self) -> None:
+        self.written: list[_Stream] = []
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb", mode
+        with _Stream(Path(path)) as stream:
+            self.written.append(stream)
+            yield stream
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer, which keeps checksums, and knows of a full disk."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs: _Files = _Files()
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Raises an OSError for what the disk is to blame for, where DCP has an exception of its
+        own."""
+        try:
+            dcp.save(state, storage_writer=self)
+        except CheckpointException as error:
+            for stream in self.fs.written:
+                if stream.error is not None:
+                    raise stream.error from error
+            raise
+
+    def files(self) -> list[tuple[str, dict[str, Any]]]:
+        """What this rank has written, by the names that the files have in the end."""
+        return [(s.path.name.removesuffix(".tmp"), s.checksums) for s in self.fs.written]
+
+
+@contextlib.contextmanager
+def _agreed(failed: str) -> Iterator[None]:
+    """A body that may fail on some ranks; then all of them raise, and none waits for another.
+
+    Raises:
+        NotSaved: the body raised an OSError on one of the ranks.
+    """
+    failure: Exception | CheckpointException | None = None
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        failure = error
+    errors = _gathered(failure and (getattr(failure, "errno", None), str(failure)))
+    for rank, (number, message) in ((r, e) for r, e in enumerate(errors) if e and e[0]):
+        raise NotSaved(number, f"{failed}: on rank {rank}: {message}") from failure
+    if failure is not None:
+        raise failure
+    if any(errors):
+        raise RuntimeError(f"{failed}: {next(filter(None, errors))[1]}")
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The values of all ranks, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _from_first(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ another number of ranks.
 import argparse
 import json
 import logging
+import math
 import os
 import statistics
 import time
@@ -43,6 +44,7 @@ from tqdm import tqdm
 from examples.checkpoint import Checkpoints
 from examples.movielens import MovieLens, fetch, read
 from torchrec_freq import FrequencySGD, row_counts
+from torchrec_freq.output import check_folder, write_text, writing
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "FrequencySGD": FrequencySGD,
@@ -317,9 +319,9 @@ def compare(args: argparse.Namespace, data: MovieLens, device: torch.device) -> 
         },
     }
     if dist.get_rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        plot(results, args.out / "learning_curves.png")
+        write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+        with writing(args.out / "learning_curves.png") as file:
+            plot(results, file)
         print(table(results))
         print(f"\nWrote learning_curves.png and results.json to {args.out}")
 
@@ -365,7 +367,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.set(title=title, xlabel=f"steps of {results['batch_size']} samples")
         panel.grid(alpha=0.3)
     panels[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120)
     pyplot.close(figure)
 
 
@@ -398,9 +400,19 @@ def parse_args() -> argparse.Namespace:
         KEEP,
     ):
         parser.error("--checkpoint-every and --keep need --checkpoint-dir.")
-    for name in ("checkpoint_every", "keep"):
-        if (value := getattr(args, name)) < 1:
+    for name in ("checkpoint_every", "keep", "epochs", "batch_size", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}.")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error(f"--lr must be a finite number above 0, not {args.lr}.")
+    try:
+        check_folder(args.out)
+        if args.checkpoint_dir is not None:
+            check_folder(args.checkpoint_dir)
+    except OSError as error:
+        parser.error(str(error))
     return args
 
 

@@ -401,7 +401,7 @@ def test_a_file_is_no_folder_for_the_page(
     path = tmp_path / "counts.safetensors"
     save_counts(path, {"a": torch.tensor([1, 2])})
     assert main(["report", str(path), "-o", str(path)]) == 2
-    assert f"{path} " in capsys.readouterr().err
+    assert f"give a folder: '{path}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

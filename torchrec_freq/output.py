@@ -32,7 +32,9 @@ def check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "Is a file; give a folder", str(path))
     path.mkdir(parents=True, exist_ok=True)
-    check_output(path / "x")
+    with _named(path), _beside(path / "file") as trial:
+        trial.write_bytes(b"\0")
+        sync(trial)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
-from examples.checkpoint import Checkpoints
+from examples.checkpoint import Checkpoints, NotSaved
 from examples.dlrm import optimizer_bytes
 from examples.study import planted
 from examples.train.config import Settings, parse
@@ -29,7 +30,7 @@ from examples.train.data import Batches, Day, Days, find_days
 from examples.train.loop import Loop
 from examples.train.model import build
 from examples.train.monitor import Summary
-from examples.train.ranks import gather, together
+from examples.train.ranks import Refused, gather, say_error, together
 from examples.train.scan import Scan, scan
 
 
@@ -78,7 +79,22 @@ def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
     return days, rows, found
 
 
-def train(settings: Settings, device: torch.device) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What is to be trained, and what a summary says of it."""
+
+    loop: Loop
+    rows: int
+    bad_rows: int
+    lasting: dict[str, Any]
+
+
+def set_up(settings: Settings, device: torch.device) -> Run:
+    """The model and its data, after the last checkpoint if there is one.
+
+    Raises:
+        ValueError, OSError: data, settings or checkpoints that cannot be gone on with.
+    """
     days, rows, found = prepare(settings)
     bad = np.array([] if found is None else found.bad, dtype=np.int64)
     first_held_out = sum(day.samples for day in days[:-1])
@@ -121,6 +137,21 @@ def train(settings: Settings, device: torch.device) -> None:
         },
         Checkpoints(settings.out / "checkpoints", settings=lasting, keep=settings.checkpoint.keep),
     )
+    return Run(loop, sum(rows), len(bad), lasting)
+
+
+def train(settings: Settings, device: torch.device) -> None:
+    """Trains to the end, and leaves a summary.
+
+    Raises:
+        Refused: data, settings, checkpoints or a loss that cannot be gone on with.
+        NotSaved: a checkpoint or the summary cannot be written.
+    """
+    try:
+        run = set_up(settings, device)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+    loop = run.loop
     loop.run()
     end = loop.progress.curve[-1]
     summary = Summary(
@@ -132,14 +163,17 @@ def train(settings: Settings, device: torch.device) -> None:
         train_loss=loop.progress.train_loss,
         valid=end["valid"],
         test=end["test"],
-        optimizer_bytes_per_row=optimizer_bytes(training.model) / sum(rows),
-        bad_rows=len(bad),
+        optimizer_bytes_per_row=optimizer_bytes(loop.training.model) / run.rows,
+        bad_rows=run.bad_rows,
         checkpoint=str(loop.checkpoints.folder / f"step-{loop.step:08}"),
         curve=loop.progress.curve,
-        settings=lasting,
+        settings=run.lasting,
     )
     if dist.get_rank() == 0:
-        summary.write(settings.out / "summary.json")
+        try:
+            summary.write(settings.out / "summary.json")
+        except OSError as error:
+            raise NotSaved(error.errno, str(error)) from error
         print(summary.table(), flush=True)
 
 
@@ -168,7 +202,7 @@ def main() -> None:
         settings.for_ranks(int(os.environ["WORLD_SIZE"]))
     except ValueError as error:  # the same on every rank
         if first:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
     warnings.filterwarnings("ignore", module="torchrec|torchmetrics")
@@ -186,6 +220,9 @@ def main() -> None:
     connect("nccl" if device.type == "cuda" else "gloo")
     try:
         train(settings, device)
+    except (Refused, NotSaved) as error:
+        say_error(str(error))
+        raise SystemExit(2) from None
     except SystemExit:  # SIGTERM, on every rank
         dist.destroy_process_group()
         raise

@@ -3,11 +3,12 @@
 import math
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from types import NoneType
+from typing import Any, Final, Literal, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ShardingType
@@ -18,6 +19,8 @@ DESCRIPTION: Final = """Trains TorchRec's DLRM on Criteo files, on any number of
 
 The same command goes on from the last checkpoint in --out, also on another number of ranks.
 Sizes are those of all ranks together unless said otherwise."""
+
+_MOST: Final = 2**62  # more does not fit what torch keeps it in
 
 SHARDING_TYPES: Final = [kind.value for kind in ShardingType]
 KERNELS: Final = [
@@ -214,10 +217,13 @@ class Checkpointing:
     Args:
         minutes: from one checkpoint to the next, by the clock of rank 0.
         keep: how many of the last ones are kept.
+        not_saved: what to do where a checkpoint along the way cannot be written, as on a full disk:
+            stop, or go_on and try again when the next one is due. The last good one is kept.
     """
 
     minutes: float = 30
     keep: int = 2
+    not_saved: Literal["stop", "go_on"] = "stop"
 
     def __post_init__(self) -> None:
         if not self.minutes >= 0:
@@ -314,16 +320,34 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(Settings)
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
+        parsed = parser.parse_args(arguments)
+        _check_kinds(Settings, parsed)
+        parsed = parser.instantiate(parsed)
+    except (ArgumentError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("--config: the file is nested too deeply, or refers to itself.") from error
     return Settings(**{entry.name: parsed[entry.name] for entry in fields(Settings)})
 
 
+def _check_kinds(section: Any, parsed: Any, prefix: str = "") -> None:
+    """Refuses what jsonargparse takes from a file: a null for a number, anything for a section."""
+    for name, kind in get_type_hints(section).items():
+        value = parsed[name]
+        if is_dataclass(kind):
+            if not isinstance(value, Namespace):
+                raise ValueError(f"{prefix}{name} must be a section of settings; got {value!r}.")
+            _check_kinds(kind, value, f"{prefix}{name}.")
+        elif value is None and NoneType not in get_args(kind):
+            raise ValueError(f"{prefix}{name} must not be null; leave it out for its default.")
+
+
 def _at_least(minimum: int, part: object, *paths: str) -> None:
-    """Refuses settings of a part, named by their paths, that are smaller, also in a list."""
+    """Refuses settings of a part, named by their paths, that are smaller, or vast."""
     for path in paths:
         setting = getattr(part, path.split(".")[-1])
         for value in setting if isinstance(setting, list) else [setting]:
             if value is not None and value < minimum:
                 raise ValueError(f"{path} must be at least {minimum}; got {value}.")
+            if value is not None and value > _MOST:
+                raise ValueError(f"{path} must be at most {_MOST}; got {value}.")

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from examples.checkpoint import Checkpoints
+from examples.checkpoint import Checkpoints, NotSaved
 from examples.train.config import Settings
 from examples.train.data import Batches, read_ahead
 from examples.train.evaluate import evaluate, next_outputs
 from examples.train.model import Training, set_rates
 from examples.train.monitor import Monitor
+from examples.train.ranks import Refused
 from torchrec_freq import TrainingMonitor
 
 TERMINATED = 128 + signal.SIGTERM
@@ -79,7 +80,8 @@ class Loop:
 
         Raises:
             SystemExit: after SIGTERM on any rank, with a checkpoint, on every rank.
-            ValueError: the loss is no finite number, on every rank.
+            Refused: the loss is no finite number, on every rank.
+            NotSaved: a checkpoint cannot be written, on every rank; the last good one is kept.
         """
         signal.signal(signal.SIGTERM, self._on_sigterm)
         every = self.settings.evaluation.every
@@ -129,7 +131,7 @@ class Loop:
         total, terminated, due = shared.tolist()
         mean, seconds = total / dist.get_world_size(), time.monotonic() - self.mark
         if not math.isfinite(mean):
-            raise ValueError(
+            raise Refused(
                 f"The training loss is {mean} in the {steps} steps up to step {self.step}. Lower "
                 "--optimizer.lr or --optimizer.dense_lr, or let --optimizer.warmup steps pass; "
                 f"the last checkpoint in {self.checkpoints.folder} is of an earlier step."
@@ -147,7 +149,13 @@ class Loop:
         if terminated:
             self._stop()
         if due and self.step < self.steps:
-            self._save()
+            try:
+                self._save()
+            except NotSaved as error:
+                if self.settings.checkpoint.not_saved == "stop":
+                    raise
+                self.last_save = time.monotonic()
+                self.monitor.say(f"{error}. Training goes on, and will try again.")
         self.mark = time.monotonic()
 
     def _evaluate(self, *splits: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from torchrec_freq.output import write_text
+
 
 class Monitor:
     """Prints figures and writes them to TensorBoard, on rank 0 only.
@@ -18,6 +20,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        self._folder, self._failed = folder, False
         self._writer = None
         if dist.get_rank() == 0:
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -28,17 +31,24 @@ class Monitor:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Figures by TensorBoard tag."""
-        if self._writer is not None:
-            for tag, value in figures.items():
-                self._writer.add_scalar(tag, value, step)
+        for tag, value in figures.items():
+            self._write("add_scalar", tag, value, step)
 
     def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        self._write("flush")
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._write("close")
+
+    def _write(self, method: str, *arguments: Any) -> None:
+        """Training does not end where figures cannot be kept, as on a full disk."""
+        if self._writer is None or self._failed:
+            return
+        try:
+            getattr(self._writer, method)(*arguments)
+        except OSError as error:
+            self._failed = True
+            self.say(f"{self._folder}: no more figures are kept: {error}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Summary:
 
     def write(self, path: Path) -> None:
         content = {**vars(self), "samples_per_second": self.samples_per_second}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps(content, indent=1) + "\n")
 
     def table(self) -> str:
         """As Markdown."""

@@ -1,10 +1,17 @@
 """What the ranks do together: they agree on errors, so that none waits for one that has failed."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+
+class Refused(ValueError):
+    """Data, settings or a loss that this program cannot go on with; a line says why."""
 
 
 @contextlib.contextmanager
@@ -14,7 +21,7 @@ def together() -> Iterator[None]:
     Every rank must enter it, and the body may not wait for other ranks.
 
     Raises:
-        ValueError: the same on every rank: what the body raised as a ValueError or OSError.
+        Refused: the same on every rank: what the body raised as a ValueError or OSError.
     """
     failure: ValueError | OSError | None = None
     try:
@@ -27,7 +34,22 @@ def together() -> Iterator[None]:
         message = messages[failed[0]]
         if set(messages) != {message}:
             message = f"on rank {failed[0]} ({len(failed)} of {len(messages)} failed): {message}"
-        raise ValueError(message) from failure
+        raise Refused(message) from failure
+
+
+def say_error(message: str) -> None:
+    """Prints why this rank ends: once, where all ranks end for the same reason."""
+    rank, line = dist.get_rank(), " ".join(message.split("\n"))
+    said = None
+    with contextlib.suppress(Exception):  # others may have ended already
+        store = dist.PrefixStore("errors", _get_default_store())
+        if rank == 0:
+            store.set("0", line)
+        else:
+            store.wait(["0"], timedelta(seconds=5))
+            said = store.get("0").decode()
+    if said != line:
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def gather(value: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from examples.train.data import KINDS, Days, Samples
 from examples.train.ranks import from_first, gather, together
+from torchrec_freq.output import write_text
 
 MOST_BAD: Final = 10_000_000  # rows of a rank's part; more are no accident
 CHUNK: Final = 1 << 18  # samples read at once: some 45 MB
@@ -75,11 +76,12 @@ def scan(days: Days, rows: Sequence[int] | None, cache: Path) -> Scan:
         cache: file that keeps the result.
 
     Raises:
-        ValueError: a file cannot be read, or the result not be kept.
+        Refused: a file cannot be read, or the result not be kept.
     """
     key = _key(days, rows)
-    if (known := from_first(_load(cache, key) if dist.get_rank() == 0 else None)) is not None:
-        return Scan(known["largest"], known["bad"], [Fault(**fault) for fault in known["faults"]])
+    known: Scan | None = from_first(_load(cache, key) if dist.get_rank() == 0 else None)
+    if known is not None:
+        return known
     total, rank, ranks = int(days.starts[-1]), dist.get_rank(), dist.get_world_size()
     start, stop = total * rank // ranks, total * (rank + 1) // ranks
     largest = np.full(CAT_FEATURE_COUNT, -1, np.int64)
@@ -130,9 +132,7 @@ def scan(days: Days, rows: Sequence[int] | None, cache: Path) -> Scan:
     with together():
         if rank == 0:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cache.with_suffix(".part")
-            temporary.write_text(json.dumps({"key": key, **asdict(result)}))
-            temporary.replace(cache)
+            write_text(cache, json.dumps({"key": key, **asdict(result)}))
     return result
 
 
@@ -144,12 +144,15 @@ def _key(days: Days, rows: Sequence[int] | None) -> list[Any]:
     return [seen, None if rows is None else list(rows)]
 
 
-def _load(cache: Path, key: list[Any]) -> dict[str, Any] | None:
+def _load(cache: Path, key: list[Any]) -> Scan | None:
+    """What is kept of these files; None where there is nothing, or something else."""
     try:
-        known: dict[str, Any] = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        return None
-    return known if known.get("key") == key else None
+        known = json.loads(cache.read_text())
+        if known.pop("key") == key:
+            return Scan(**known | {"faults": [Fault(**fault) for fault in known["faults"]]})
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        pass
+    return None
 
 
 def _wrong(kind: str, values: NDArray[Any], rows: Sequence[int] | None) -> NDArray[np.bool_]:
