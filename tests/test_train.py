@@ -32,16 +32,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_launch import run_locally
 from test_sharding import make_plan
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils.tensorboard.writer import SummaryWriter
 from torchmetrics.classification import BinaryAUROC
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
+from examples.checkpoint import Checkpoints, NotSaved
 from examples.train import __main__ as program
 from examples.train import data as data_module
-from examples.train import evaluate, model, scan
+from examples.train import evaluate, model, ranks, scan
 from examples.train.config import parse
 from examples.train.data import Batches, Days, find_days
 from examples.train.loop import Loop
+from examples.train.monitor import Monitor
+from examples.train.ranks import gather
 from torchrec_freq import row_counts, save_counts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -884,6 +888,11 @@ REFUSED = [
     ([*GIVEN, "--checkpoint.keep", "0"], "checkpoint.keep must be at least 1"),
     ([*GIVEN, "--batch_size", "0"], "batch_size must be at least 1; got 0"),
     ([*GIVEN, "--batch_size", "many"], "batch_size"),
+    ([*GIVEN, "--model.dim", "null"], "model.dim"),
+    ([*GIVEN, "--model.bottom", "[8, null]"], "model.bottom"),
+    ([*GIVEN, "--seed", str(2**64)], "seed must be at most"),
+    ([*GIVEN, "--batch_size", str(10**400)], "batch_size must be at most"),
+    ([*GIVEN, "--checkpoint.not_saved", "maybe"], "checkpoint.not_saved"),
     ([*GIVEN, "--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
 ]
 
@@ -892,6 +901,34 @@ REFUSED = [
 def test_refused_settings(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         parse(flags)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("data: null", "data must be a section of settings; got None"),
+        ("data: 3", "data must be a section of settings; got 3"),
+        ("data: {synthetic: 500}\nmodel: []", "model must be a section of settings; got []"),
+        (
+            "data: {synthetic: 500}\noptimizer: {frequency: null}",
+            "optimizer.frequency must be a section of settings; got None",
+        ),
+        ("data: {synthetic: 500}\nepochs: null", "epochs must not be null; leave it out"),
+        ("data: {synthetic: 500}\nmodel: {dim: null}", "model.dim must not be null"),
+        ("data: {synthetic: 500}\nepochs: [1]", "epochs"),
+        ("data: &a [*a]", "refers to itself"),
+        ("null", "null"),
+        ("", "config"),
+        ("data: [", "config"),
+        ("\udcff", "utf-8"),
+    ],
+)
+def test_refused_yaml(tmp_path: Path, yaml: str, message: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml, errors="surrogateescape")
+    with pytest.raises(ValueError) as error:
+        parse(["--config", str(file)])
     assert message in str(error.value)
 
 
@@ -907,6 +944,122 @@ def test_yaml_and_flags(tmp_path: Path) -> None:
         parse(["--config", str(file)])
     with pytest.raises(ValueError, match="none.yaml"):
         parse(["--config", str(tmp_path / "none.yaml")])
+
+
+@contextlib.contextmanager
+def full_disk(step: int) -> Iterator[None]:
+    """Rank 1 has no space left for the checkpoint of a step."""
+    save, file = Checkpoints.save, io.FileIO
+
+    def spoiled(checkpoints: Checkpoints, saved: int, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if saved == step and dist.get_rank() == 1:
+                patch.setattr(io, "FileIO", lambda path, mode: file("/dev/full", mode))
+            save(checkpoints, saved, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", spoiled)
+        yield
+
+
+@on_ranks(2)
+def test_a_full_disk_while_training(reference: Path, tmp_path: Path) -> None:
+    """It stops with the last good checkpoint, or goes on without one, as it is told."""
+    with full_disk(4), pytest.raises(NotSaved, match="000004 is not saved: .*No space left"):
+        run(reference / "data", tmp_path / "stop")
+    dist.barrier()
+    assert os.listdir(tmp_path / "stop" / "checkpoints") == ["step-00000002"]
+    more = ("--checkpoint.not_saved", "go_on", "--checkpoint.keep", "100")
+    with full_disk(4), contextlib.redirect_stdout(io.StringIO()) as printed:
+        run(reference / "data", tmp_path / "go_on", *more)
+    said = printed.getvalue()
+    assert ("000004 is not saved: on rank 1: " in said) == (dist.get_rank() == 0)
+    steps = {path.name for path in (tmp_path / "go_on" / "checkpoints").iterdir()}
+    wanted = {path.name for path in (reference / "out" / "checkpoints").iterdir()}
+    assert steps == wanted - {"step-00000004"}
+    assert_same(tmp_path / "go_on", reference / "out")
+    # The last one must be saved, whatever is told.
+    with full_disk(STEPS), pytest.raises(NotSaved):
+        run(reference / "data", tmp_path / "end", *more)
+
+
+@on_ranks(1)
+def test_figures_that_cannot_be_kept(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "tensorboard", 0)
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        mock.patch.object(SummaryWriter, "add_scalar", side_effect=OSError(28, "No space left")),
+    ):
+        for step in (1, 2):
+            monitor.log(step, {"loss": 1.0})
+        monitor.flush()
+        monitor.close()
+    assert printed.getvalue().count("no more figures are kept: [Errno 28] No space left") == 1
+
+
+def spoil_checkpoints(reference: Path, folder: Path) -> list[str]:
+    for step in (2, 4):
+        name = f"step-{step:08}"
+        shutil.copytree(reference / "out" / "checkpoints" / name, folder / "checkpoints" / name)
+        (folder / "checkpoints" / name / ".metadata").write_bytes(b"")
+    return arguments(reference / "data", folder)
+
+
+# What is wrong: flags for it, made by rank 0, and what is said.
+WRONG: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
+    "no data": (lambda r, f: arguments(f / "none", f), "none: no such folder"),
+    "a file": (lambda r, f: arguments(r / "data" / "day_0_dense.npy", f), "no such folder"),
+    "batch": (
+        lambda r, f: arguments(r / "data", f, "--batch_size", "1000"),
+        "batch_size 1000 is more than the",
+    ),
+    "out": (lambda r, f: arguments(r / "data", Path("/dev/null")), "/dev/null"),
+    "checkpoints": (spoil_checkpoints, "None of the checkpoints"),
+    "settings": (
+        lambda r, f: arguments(r / "data", r / "out", "--seed", "3"),
+        "comes from a run with other settings: seed was 0, is 3",
+    ),
+    "loss": (
+        lambda r, f: arguments(r / "data", f, "--optimizer.lr", "1e30"),
+        "The training loss is",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@on_ranks(2)
+def test_what_cannot_be_trained_on_is_said_in_a_line(
+    what: str, reference: Path, tmp_path: Path
+) -> None:
+    make, message = WRONG[what]
+    rank = dist.get_rank()
+    flags = make(reference, tmp_path / "out") if rank == 0 else None
+    (flags,) = (f for f in gather(flags) if f is not None)
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()) as said,
+        pytest.raises(SystemExit) as stopped,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["train", *flags])
+        patch.setattr(program, "connect", lambda backend: None)
+        program.main()
+    assert stopped.value.code == 2
+    errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    assert len(errors) == (rank == 0), said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    if rank == 0:
+        assert message in errors[0]
+
+
+@on_ranks(2)
+def test_another_rank_with_another_error_says_so(tmp_path: Path) -> None:
+    rank = dist.get_rank()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        ranks.say_error(f"of rank {rank}\nalone")
+    assert said.getvalue() == f"error: of rank {rank} alone\n"
 
 
 @pytest.mark.parametrize("name", ["smoke", "criteo"])
