@@ -35,6 +35,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from torchrec_freq.output import sync, write_text
+
 MANIFEST: Final = "checkpoint.json"
 BLOCK_BYTES: Final = 1 << 24
 """Of a file, with a checksum each."""
@@ -114,7 +116,7 @@ class Checkpoints:
                     if final.exists():  # damaged, or the run would have resumed from it
                         _delete(final)
                     temporary.rename(final)  # atomic: from here on this step has a checkpoint
-                    _sync(self.folder)
+                    sync(self.folder)
                     self._prune(step)
         except NotSaved:
             if first:
@@ -232,15 +234,11 @@ def _step(path: Path) -> int:
 def _write_manifest(
     folder: Path, step: int, settings: Any, progress: Any, files: dict[str, Any]
 ) -> None:
-    """Completes a checkpoint; on the disk when this returns."""
+    """Completes a checkpoint; on the disk when this returns, with the names of the other files."""
     manifest = {"step": step, "settings": settings, "progress": progress, "files": files}
     manifest = json.loads(json.dumps(manifest))  # as a reader will have it
     manifest["crc32"] = _checksum(manifest)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(folder)
+    write_text(folder / MANIFEST, json.dumps(manifest))
 
 
 def _checksum(manifest: Any) -> int:
@@ -399,12 +397,3 @@ def _from_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
-
-
-def _sync(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -206,18 +206,23 @@ POINTS = [
     Point(Path, "rename", call=1),  # of DCP's metadata
     Point(FileSystemWriter, "finish", after=True),
     Point(checkpoint, "_write_manifest"),
-    Point(checkpoint, "_sync", call=1),  # of what the checkpoint has in it
+    Point(output, "sync", call=1),  # of the manifest
+    Point(os, "replace", call=1),
+    Point(os, "replace", call=1, after=True),
+    Point(output, "sync", call=2),  # of what the checkpoint has in it
     Point(Path, "rename", call=2),  # to the name of a checkpoint
     Point(Path, "rename", call=2, after=True),
+    Point(checkpoint, "sync", after=True),
     Point(checkpoint, "_gathered", call=4, rank=1),
     Point(Path, "rename", call=3, after=True),  # of one to delete
     Point(os, "unlink", call=2),  # in the middle of that
     Point(shutil, "rmtree", after=True),
     Point(files, "save_file"),
     Point(files, "save_file", after=True),
-    Point(output, "sync"),
-    Point(os, "replace"),
-    Point(os, "replace", after=True),
+    Point(output, "sync", call=3),
+    Point(os, "replace", call=2),
+    Point(os, "replace", call=2, after=True),
+    Point(output, "sync", call=4, after=True),
 ]
 
 
