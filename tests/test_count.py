@@ -384,6 +384,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     nulls = tmp_path / "nulls.parquet"
     holes = pa.array([[1], [2, None]], pa.list_(pa.int32()))
     pq.write_table(pa.table({"a": pa.array([1, None], pa.int32()), "b": holes}), nulls)
+    pipe = tmp_path / "pipe.npy"
+    os.mkfifo(pipe)
     twice, vast = tmp_path / "twice.parquet", tmp_path / "vast.npy"
     whole, part = pa.array([1, 2]), pa.array([0.5, 1.5])
     pq.write_table(pa.table([whole, whole, whole, part], names=["a", "a", "b", "b"]), twice)
@@ -428,6 +430,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([x, "--rows", "9" * 5000], "is not a whole number"),
         ([twice, "--columns", "a"], "twice.parquet: several columns are named 'a'"),
         ([twice, "--columns", "b"], "twice.parquet: several columns are named 'b'"),
+        ([pipe], "pipe.npy: a pipe or device; give a file"),
         ([vast], "vast.npy: .*not an npy file"),
         ([x, "-o", tmp_path / "no" / "counts"], "No such folder"),
         ([x, "-o", tmp_path], "Is a folder"),

@@ -268,6 +268,8 @@ def _find(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{path}: no *_sparse.npy or *.parquet file in this folder.")
         found += inside
     for path in found:
+        if not path.is_file():
+            raise ValueError(f"{path}: a pipe or device; give a file.")
         if path.suffix not in _OPENERS:
             raise ValueError(f"{path}: neither .npy nor .parquet; convert it, or rename it.")
         if path.suffix != found[0].suffix:

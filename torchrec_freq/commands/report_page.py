@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -40,8 +41,10 @@ def plot(
     else:
         frequency.set_title("no lookups")
     file = io.BytesIO()
-    # The name of the program that wrote it would be a link.
-    figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in a table's name
+        # The name of the program that wrote it would be a link.
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
     return file.getvalue()
 
 
