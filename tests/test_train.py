@@ -1013,7 +1013,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
         lambda r, f: arguments(r / "data", f, "--batch_size", "1000"),
         "batch_size 1000 is more than the",
     ),
-    "out": (lambda r, f: arguments(r / "data", Path("/dev/null")), "/dev/null"),
+    "out": (lambda r, f: arguments(f / "none", Path("/dev/null")), "a folder: '/dev/null'"),
     "checkpoints": (spoil_checkpoints, "None of the checkpoints"),
     "settings": (
         lambda r, f: arguments(r / "data", r / "out", "--seed", "3"),

@@ -32,6 +32,7 @@ from examples.train.model import build
 from examples.train.monitor import Summary
 from examples.train.ranks import Refused, gather, say_error, together
 from examples.train.scan import Scan, scan
+from torchrec_freq.output import check_folder
 
 
 def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
@@ -40,6 +41,9 @@ def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
     Raises:
         ValueError: files that cannot be trained on, the same on every rank.
     """
+    with together():  # before hours of work
+        if dist.get_rank() == 0:
+            check_folder(settings.out)
     data = settings.data
     # Rank 0 alone, then one rank of each host that does not see its folder.
     for writes in (dist.get_rank() == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0):
