@@ -137,9 +137,9 @@ class FrequencySGD(torch.optim.Optimizer):
         totals.values[0] = state[TABLE_TOTALS]
         totals.ages.copy_(state[ROW_COUNTER_AGE])
         before_U = state[ROW_COUNTER].index_select(0, rows_U)
-        after_U = counted(config.count, before_U, occurrences_U)
+        after_U = counted(config.count, before_U, before_U + occurrences_U)
         if config.count == "frozen" and not totals.values[0, 2] > 0:
-            raise RuntimeError("count='frozen' but no counts were loaded into the state")
+            raise RuntimeError("count='frozen', but the optimizer's state has no counts: load one.")
         state[ROW_COUNTER].index_copy_(0, rows_U, after_U)
 
         per_count, limit = totals.rates()
@@ -148,6 +148,8 @@ class FrequencySGD(torch.optim.Optimizer):
         scaled_UD = (grad_UD * multiplier_U.unsqueeze(1)).to(param.dtype)
         param.index_add_(0, rows_U, scaled_UD, alpha=-lr)
 
+        if config.normalize is None:
+            squares_U.zero_()
         entering_U = entering_squares(squares_U, occurrences_U, limit) * occurrences_U
         sums = [entering_U.sum(), (after_U - before_U).sum(), occurrences_U.sum()]
         first = torch.zeros(1, dtype=torch.int64, device=param.device)

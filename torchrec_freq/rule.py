@@ -45,7 +45,7 @@ SQUARE_LIMIT: Final = 1000.0
 
 def squares_per_count(squares: Tensor, counts: Tensor) -> Tensor:
     r""":math:`G_t / C_t`, elementwise, in the type of ``squares``; 0 where ``counts`` is 0."""
-    return torch.where(counts > 0, squares / counts, 0.0)
+    return (squares / counts).nan_to_num_(nan=0.0, posinf=0.0)
 
 
 def predicted_squares(counts: Tensor, per_count: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from torchrec_freq.config import CountMode
+
 COUNT_CEILING: Final = 2**30
 """Largest count, at which a counter stays. The rest of int32 is headroom for one batch."""
 
@@ -36,32 +38,35 @@ def check_counts(table: str, counts_R: Tensor) -> None:
         )
 
 
-def count_occurrences_(counts_R: Tensor, rows_L: Tensor, trained_L: Tensor) -> Tensor:
+def count_occurrences_(counts_R: Tensor, rows_L: Tensor, trained_L: Tensor | None) -> Tensor:
     """Adds 1 to the count of each row for each time it occurs and is trained, in place.
 
     Args:
         counts_R: int32 [rows], at most ``COUNT_CEILING``.
         rows_L: int64 [lookups].
-        trained_L: int32 [lookups], 1 where the lookup has a gradient, else 0.
+        trained_L: int32 [lookups], 1 where the lookup is trained, else 0; None where all are.
 
     Returns:
         ``counts_R``.
     """
+    if trained_L is None:
+        trained_L = torch.ones_like(rows_L, dtype=torch.int32)
     return counts_R.scatter_add_(0, rows_L, trained_L)
 
 
-def counted(config_count: str, before: Tensor, occurrences: Tensor) -> Tensor:
-    """Counts after a step, elementwise, in the type of ``before``.
+def counted(mode: CountMode, before: Tensor, now: Tensor) -> Tensor:
+    """Counts after a step, elementwise.
 
     Args:
-        config_count: ``FrequencyConfig.count``.
+        mode: ``FrequencyConfig.count``.
         before: counts before it.
-        occurrences: in it, of the same type.
+        now: ``before``, and the occurrences in the step; overwritten.
     """
-    if config_count == "frozen":
+    if mode == "frozen":
         return before
-    added = occurrences if config_count == "samples" else occurrences.clamp(max=1)
-    return (before + added).clamp_(max=COUNT_CEILING)
+    if mode == "batches":
+        now = torch.minimum(before + 1, now)
+    return now.clamp_(max=COUNT_CEILING)
 
 
 def halve_(counts_R: Tensor) -> None:

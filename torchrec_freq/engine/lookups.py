@@ -33,19 +33,22 @@ class Lookups:
 
     Attributes:
         ends_F: [features + 1] first lookup of each feature, and their number; contiguous.
+        lengths_F: [features] lookups of each feature.
         feature_L: [lookups] ascending.
         rows_L: int64 [lookups] positions among the rows of all tables of the TBE.
-        trained_L: int32 [lookups], 1 where the lookup counts. It does where its gradient is not 0:
-            a masked loss or padding trains nothing. (A gradient below 1e-22, whose square is 0 in
-            float32, is taken for 0.) Where one shard does not see whether it is 0, it counts.
-        touched_F: [features] not 0 where the feature's gradient is not 0 everywhere; None where
-            that says nothing new.
+        trained_L: int32 [lookups], 1 where the lookup counts, else 0; None where all do. One does
+            where its gradient is not 0: a masked loss or padding trains nothing. (A gradient below
+            1e-22, whose square is 0 in float32, is taken for 0.) Where a shard does not see all
+            columns, those of a feature count together; where none can be seen (VBE), all do.
+        touched_F: float32 [features], not 0 where the feature has a gradient here; None where all
+            lookups have one.
     """
 
     ends_F: Tensor
+    lengths_F: Tensor
     feature_L: Tensor
     rows_L: Tensor
-    trained_L: Tensor
+    trained_L: Tensor | None
     touched_F: Tensor | None
 
 
@@ -72,19 +75,20 @@ class Layout:
         self.pooled = pooled
         self.feature_table_map = list(feature_table_map)
         self.dims = [dims[table] for table in feature_table_map]
+        columns = [sum(self.dims[:feature]) for feature in range(len(self.dims))]
+        self._first_column_F = torch.tensor(columns, dtype=torch.int64, device=device)
         first_rows = [sum(rows[:table]) for table in feature_table_map]
         self.first_row_F = torch.tensor(first_rows, dtype=torch.int64, device=device)
-        # Features whose lookups count whatever this shard sees of their gradient.
-        self._always_F: Tensor | None = None
+        self.split_F: Tensor | None = None
 
-    def count_always(self, features: Sequence[bool]) -> None:
+    def split(self, features: Sequence[bool]) -> None:
         """Marks features of tables of which other shards hold other columns.
 
-        Their shards must not come to different counts, so each counts all lookups; a feature whose
-        gradient is 0 in all of them is taken back when that is known.
+        Their shards must not come to different counts, so the lookups of a feature count together,
+        where any of them has a gradient.
         """
         if any(features):
-            self._always_F = torch.tensor(features, device=self.first_row_F.device)
+            self.split_F = torch.tensor(features, device=self.first_row_F.device)
 
     def of(self, batch: Batch, grad: Tensor | None) -> Lookups:
         """The lookups of a batch.
@@ -96,39 +100,49 @@ class Layout:
         features, lookups = len(self.dims), batch.indices.numel()
         bags = batch.offsets.numel() - 1
         if batch.bag_starts_F is None:
-            # Contiguous: segment_sum_csr takes strides for it.
-            ends_F = batch.offsets.as_strided((features + 1,), (bags // features,)).contiguous()
+            # A copy: segment_sum_csr takes strides for contiguous.
+            ends_F = batch.offsets.as_strided((features + 1,), (bags // features,)).clone()
         else:
             ends_F = batch.offsets.index_select(0, batch.bag_starts_F)
-        feature_L = torch.repeat_interleave(ends_F.diff(), output_size=lookups)
+        lengths_F = ends_F.diff()
+        feature_L = torch.repeat_interleave(lengths_F, output_size=lookups)
         rows_L = self.first_row_F.index_select(0, feature_L).add_(batch.indices)
         trained_L, touched_F = self._trained(batch, grad, feature_L, ends_F)
-        return Lookups(ends_F, feature_L, rows_L, trained_L, touched_F)
+        return Lookups(ends_F, lengths_F, feature_L, rows_L, trained_L, touched_F)
 
     def _trained(
         self, batch: Batch, grad: Tensor | None, feature_L: Tensor, ends_F: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """``trained_L`` and ``touched_F`` of :class:`Lookups`."""
-        lookups = batch.indices.numel()
+        trained_L = None
         if grad is None:
-            trained_L = torch.zeros(lookups, dtype=torch.int32, device=batch.indices.device)
+            trained_L = torch.zeros(len(feature_L), dtype=torch.int32, device=feature_L.device)
         elif batch.bag_starts_F is not None:
-            # The samples that share a bag have its gradient summed; its place is FBGEMM's secret.
-            trained_L = torch.ones(lookups, dtype=torch.int32, device=batch.indices.device)
-        elif self.pooled:
-            trained_B = has_gradient(grad, self.dims).t().reshape(-1)
-            trained_L = torch.repeat_interleave(
-                trained_B, batch.offsets.diff(), output_size=lookups
-            )
-        else:
+            pass  # which part of the output a bag is, is FBGEMM's secret
+        elif not self.pooled:
             trained_L = _nonzero_rows(grad)
+        elif not self._all_have_gradient(grad):
+            trained_B = has_gradient(grad, self.dims).t().reshape(-1)
+            lengths_B = batch.offsets.diff()
+            trained_L = torch.repeat_interleave(trained_B, lengths_B, output_size=len(feature_L))
         if batch.weights_L is not None:
-            trained_L = trained_L * (batch.weights_L != 0)
-        if self._always_F is None:
+            weighted_L = batch.weights_L.ne(0).to(torch.int32)
+            trained_L = weighted_L if trained_L is None else weighted_L * trained_L
+        if self.split_F is None or trained_L is None:
             return trained_L, None
         touched_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, trained_L.to(torch.float32))
-        always_L = self._always_F.index_select(0, feature_L)
-        return trained_L.logical_or(always_L).to(torch.int32), touched_F
+        together_F = self.split_F.logical_and(touched_F > 0)
+        together_L = together_F.index_select(0, feature_L)
+        return trained_L.logical_or(together_L).to(torch.int32), touched_F
+
+    def _all_have_gradient(self, grad: Tensor) -> bool:
+        """True if a look at one column a feature shows that every bag has one; for the CPU.
+
+        There it saves most of the work of looking closer. On a GPU the host would have to wait.
+        """
+        if grad.device.type != "cpu":
+            return False
+        return bool(grad.index_select(1, self._first_column_F).all())
 
 
 def has_gradient(grad: Tensor, dims: Sequence[int]) -> Tensor:

@@ -130,7 +130,8 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             occurrences_R += part_R
         config = self.frequency
         per_count_T, limit_T = self.totals.rates()
-        after_R = counted(config.count, self._counts, occurrences_R)
+        after_R = counted(config.count, self._counts, self._counts + occurrences_R)
+        added_R = after_R - self._counts
         for table, (rows, dim) in enumerate(self.embedding_specs):
             position = self._members[table].position
             start = self.weights_physical_offsets[table]
@@ -144,15 +145,14 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             # In float32 at least: the multiplier may be more than float16 holds.
             weight_RD.sub_(gradient_RD * multiplier_R.unsqueeze(1), alpha=self.learning_rate)
             if config.normalize is None:
-                continue
+                squares_R.zero_()
             entering_R = entering_squares(squares_R, k_R, limit_T.narrow(0, position, 1)) * k_R
-            added_R = counts_R - self._table(self._counts, table)
-            sums = [entering_R.sum(), added_R.sum(), k_R.sum()]
+            sums = [entering_R.sum(), self._table(added_R, table).sum(), k_R.sum()]
             slot = self._slot_F.narrow(0, self.layout.feature_table_map.index(table), 1)
             self.totals.add(slot, *(total.view(1) for total in sums), replicated=True)
-        self._counts.copy_(after_R)
+        self._counts += added_R
         for _ in backwards:
-            self.totals.end_backward([m.position for m in self._members])
+            self.totals.end_backward(self._aged)
 
 
 def average_and_apply(

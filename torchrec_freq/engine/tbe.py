@@ -143,11 +143,13 @@ class CountingTBE:
         self._slot_F = torch.tensor(slots, dtype=torch.int64, device=device)
         positions = [member.position for member in members]
         self._position_F = torch.tensor(positions, dtype=torch.int64, device=device)
-        self._split = any(member.column_share < 1 for member in members)
-        self.layout.count_always([member.column_share < 1 for member in members])
-        shares = [(m.column_share, float(m.primary), 1.0, 1.0) for m in members]
-        self._share_F4 = torch.tensor(shares, dtype=torch.float64, device=device)
-        self._tentative: list[Loan] = []
+        self.layout.split([member.column_share < 1 for member in members])
+        shares = [(member.column_share, float(member.primary)) for member in members]
+        self._column_share_F, self._primary_F = torch.tensor(
+            shares, dtype=torch.float64, device=device
+        ).unbind(1)
+        self._aged = [member.position for member in tables if member.first]
+        self._partial: list[Loan] = []
         totals.listen(self._on_step)
 
     def counts_of(self, table: int) -> Tensor:
@@ -169,25 +171,12 @@ class CountingTBE:
         """Brings back the counts that a failed kernel has left lent."""
 
     def _begin_forward(self) -> None:
-        """Starts a step, where a gradient is recorded and nobody else does.
-
-        Raises:
-            RuntimeError: the counts are frozen and none were loaded.
-        """
-        if not torch.is_grad_enabled():
-            return
-        if self._owns_totals:
+        """Starts a step, where a gradient is recorded and nobody else does."""
+        if torch.is_grad_enabled() and self._owns_totals:
             self.totals.advance()
-        if self.frequency.count != "frozen" or self.__dict__.get("_frozen_are_loaded"):
-            return
-        positions = [member.position for member in self._members]
-        # Reads from the device, once.
-        if positions and not bool((self.totals.values[positions, 2] > 0).all()):
-            raise RuntimeError(
-                "count='frozen' but no counts were loaded: call "
-                "torchrec_freq.load_row_counts(model, counts) before training"
-            )
-        self._frozen_are_loaded = True
+            if self.frequency.count == "frozen":
+                for table, count in enumerate(self.totals.values.select(1, 2).tolist()):
+                    require_counts(self.frequency, str(table), count)
 
     @contextlib.contextmanager
     def _pooled_by_weights(self, offsets: Tensor, weights_L: Tensor | None) -> Iterator[Any]:
@@ -205,31 +194,30 @@ class CountingTBE:
             self.pooling_mode = pooling
 
     def _on_step(self, untouched_S: Tensor | None, due: Sequence[int]) -> None:
-        """Takes back what turned out to have no gradient, and ages; see ``TableTotals.listen``."""
+        """Counts what had a gradient in other columns alone, and ages; see ``TableTotals``."""
         with self._turn:
-            for loan in self._tentative:
-                assert untouched_S is not None
-                untouched_F = untouched_S.index_select(0, self._slot_F)
-                self._take_back(loan, untouched_F.index_select(0, loan.lookups.feature_L))
-            self._tentative.clear()
+            for loan in self._partial:
+                assert untouched_S is not None and self.layout.split_F is not None
+                assert loan.lookups.touched_F is not None
+                elsewhere_F = untouched_S.index_select(0, self._slot_F).logical_not()
+                missed_F = elsewhere_F & self.layout.split_F & (loan.lookups.touched_F == 0)
+                self._add_missed(loan, missed_F.index_select(0, loan.lookups.feature_L))
+            self._partial.clear()
             for table, member in enumerate(self._members):
                 if member.position in due:
                     halve_(self.counts_of(table))
 
-    def _take_back(self, loan: Loan, untouched_L: Tensor) -> None:
+    def _add_missed(self, loan: Loan, missed_L: Tensor) -> None:
+        rows_L = loan.lookups.rows_L
         if self.frequency.count == "frozen":
             return
-        rows_L, trained_L = loan.lookups.rows_L, loan.lookups.trained_L
-        if self.frequency.count == "samples":
-            self.counts.scatter_add_(0, rows_L, -(trained_L * untouched_L))
-            return
-        # A row counts once, and still does where one of its features had a gradient.
-        assert loan.after_L is not None
-        now_L = self.counts.index_select(0, rows_L)
-        count_occurrences_(self.counts, rows_L, trained_L * ~untouched_L)
-        kept_L = self.counts.index_select(0, rows_L) - now_L
-        now_L += kept_L.clamp(max=1) - (loan.after_L - loan.before_L)
-        self.counts.scatter_(0, rows_L, now_L)
+        before_L = self.counts.index_select(0, rows_L)
+        count_occurrences_(self.counts, rows_L, missed_L.to(torch.int32))
+        if self.frequency.count == "batches":  # once a row, and not where it was counted already
+            assert loan.after_L is not None
+            added_L = (self.counts.index_select(0, rows_L) - before_L).clamp_(max=1)
+            added_L = (added_L - (loan.after_L - loan.before_L)).clamp_(min=0)
+            self.counts.scatter_(0, rows_L, before_L + added_L)
 
     def _add_totals(
         self, lookups: Lookups, squares_L: Tensor, occurrences_L: Tensor, limit_T: Tensor
@@ -243,18 +231,34 @@ class CountingTBE:
         """
         ends_F = lookups.ends_F
         limit_L = limit_T.index_select(0, self._position_F).index_select(0, lookups.feature_L)
-        trained_L = lookups.trained_L.to(torch.float32)
-        entering_L = entering_squares(squares_L, occurrences_L, limit_L).mul_(trained_L)
+        entering_L = entering_squares(squares_L, occurrences_L, limit_L)
+        if lookups.trained_L is None:
+            occurrences_F = lookups.lengths_F
+        else:
+            trained_L = lookups.trained_L.to(torch.float32)
+            entering_L *= trained_L
+            occurrences_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, trained_L)
         squares_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, entering_L)
-        occurrences_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, trained_L)
         if self.frequency.count == "samples":
             counts_F = occurrences_F
         elif self.frequency.count == "frozen":
             counts_F = torch.zeros_like(occurrences_F)
         else:
-            once_L = trained_L / occurrences_L.clamp(min=1)
-            counts_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, once_L).round_()
-        self.totals.add(self._slot_F, squares_F, counts_F, occurrences_F, lookups.touched_F)
+            once_L = 1.0 / occurrences_L.clamp(min=1)
+            if lookups.trained_L is not None:
+                once_L *= lookups.trained_L
+            counts_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, once_L)
+        touched_F = lookups.touched_F
+        if self.layout.split_F is not None:
+            # Whether a feature has a gradient in any column, those who add them up will know.
+            occurrences_F = torch.where(self.layout.split_F, lookups.lengths_F, occurrences_F)
+            if self.frequency.count == "samples":
+                counts_F = occurrences_F
+            touched_F = occurrences_F if touched_F is None else touched_F
+            squares_F = squares_F * self._column_share_F
+            counts_F = counts_F * self._primary_F
+            occurrences_F = occurrences_F * self._primary_F
+        self.totals.add(self._slot_F, squares_F, counts_F, occurrences_F, touched_F)
 
 
 class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
@@ -299,8 +303,6 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         self._start(frequency, self.feature_table_map, self.current_device)
         self.counts.zero_()
         self._set_learning_rate(self.learning_rate_tensor.item())
-        # Not in the module's state: as floats our counts mean nothing.
-        self._non_persistent_buffers_set.update(_MOMENTUM)
 
     @property
     def _momentum(self) -> Tensor:
@@ -355,8 +357,9 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             before_L = counts_R.index_select(0, rows_L)
             self._loan = loan = Loan(lookups, before_L)
             count_occurrences_(counts_R, rows_L, lookups.trained_L)
-            loan.occurrences_L = counts_R.index_select(0, rows_L).sub_(before_L)
-            loan.after_L = counted(self.frequency.count, before_L, loan.occurrences_L)
+            now_L = counts_R.index_select(0, rows_L)
+            loan.occurrences_L = now_L - before_L
+            loan.after_L = counted(self.frequency.count, before_L, now_L)
             unit_L = None
             if self.frequency.normalize is not None:
                 unit_T = per_count_T / self.frequency.own_weight
@@ -378,12 +381,13 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             rows_L = loan.lookups.rows_L
             squares_L = self._momentum.index_select(0, rows_L).sub_(loan.lent_L)
             self.counts.scatter_(0, rows_L, loan.after_L)
-            if self.frequency.normalize is not None:
-                _, limit_T = self.totals.rates()
-                self._add_totals(loan.lookups, squares_L, loan.occurrences_L, limit_T)
-            if self._split:
-                self._tentative.append(loan)
-            self.totals.end_backward([m.position for m in self._members if m.first])
+            if self.frequency.normalize is None:
+                squares_L.zero_()  # not seen beside what was lent
+            _, limit_T = self.totals.rates()
+            self._add_totals(loan.lookups, squares_L, loan.occurrences_L, limit_T)
+            if loan.lookups.touched_F is not None:
+                self._partial.append(loan)
+            self.totals.end_backward(self._aged)
 
     def _close_loan(self) -> None:
         loan, self._loan = self._loan, None
@@ -434,6 +438,18 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             raise DoesNotHavePrefix()
         return super().get_states(prefix)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._close_loan()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in (prefix + name for name in _MOMENTUM if prefix + name in destination):
+            destination[key] = destination[key].detach().view(torch.int32)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._close_loan()
+        keys = {prefix + name for name in _MOMENTUM}
+        counts = {k: v.view(torch.float32) for k, v in state_dict.items() if k in keys}
+        super()._load_from_state_dict({**state_dict, **counts}, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves or casts the module: the counts move, and stay whole numbers."""
         self._close_loan()
@@ -442,7 +458,7 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         moved = self._momentum
         if moved.dtype != torch.float32:
             name = _MOMENTUM[1] if self.momentum1_host.numel() else _MOMENTUM[0]
-            setattr(self, name, torch.empty_like(moved, dtype=torch.float32))
+            getattr(self, name).data = torch.empty_like(moved, dtype=torch.float32)
         if not counts_R.is_meta:
             self.counts.copy_(counts_R)
         return self
@@ -473,6 +489,22 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
                 evicted = pruned_indices[bounds[part] : bounds[part + 1]].to(self.current_device)
                 rows = evicted.to(torch.int64) + self.layout.first_row_F[feature]
                 self.counts.index_fill_(0, rows, 0)
+
+
+def require_counts(config: FrequencyConfig, table: str, count: float) -> None:
+    """Refuses to train by frozen counts that are all 0.
+
+    Args:
+        count: sum of the table's counts.
+
+    Raises:
+        RuntimeError: no counts were loaded.
+    """
+    if config.count == "frozen" and not count > 0:
+        raise RuntimeError(
+            f"Table {table!r}: count='frozen' but no counts were loaded: call "
+            "torchrec_freq.load_row_counts(model, counts) before training."
+        )
 
 
 def stock_options(frequency: FrequencyConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +36,21 @@ class TotalsTable:
     split_columns: bool = False
 
 
+@dataclass
+class _Exchange:
+    """What the shards added in a step, while it is summed over the ranks.
+
+    Attributes:
+        held: tables whose squares are not taken from it.
+        due: tables to halve once it is there.
+    """
+
+    added: Tensor
+    work: dist.Work | None
+    held: Sequence[int]
+    due: Sequence[int]
+
+
 class TableTotals:
     r"""For each table :math:`G_t`, :math:`C_t` and the occurrences that :math:`G_t` stands for.
 
@@ -47,10 +63,6 @@ class TableTotals:
         device: where the gradients are.
         process_group: the ranks whose shards add to the same table; None where every table lies
             whole on one rank, or where there is one process.
-
-    Attributes:
-        ages: int64 [tables], on the CPU: steps since the counts of each table were last halved. May
-            be written at any time.
     """
 
     def __init__(
@@ -65,10 +77,11 @@ class TableTotals:
         self._values.select(1, 0).fill_(STATE_FORMAT)
         # Squares, counts and occurrences of each feature; for split columns, whether it had a
         # gradient in any of them.
+        self._fractions = any(table.config.count == "batches" for table in tables)
         self._split = any(table.split_columns for table in tables)
         numbers = 4 if self._split else 3
         self._added = self._values.new_zeros(sum(features), numbers)
-        self._exchange: tuple[Tensor, dist.Work | None] | None = None
+        self._exchange: _Exchange | None = None
         self._group = process_group
         self._replica = process_group is not None and process_group.rank() > 0
         self._table_of_slot = torch.tensor(
@@ -79,7 +92,8 @@ class TableTotals:
         self._rates: tuple[Tensor, Tensor] | None = None
         self._turn = Turn()
         self._listeners: list[Callable[[Tensor | None, Sequence[int]], None]] = []
-        self.ages = torch.zeros(len(features), dtype=torch.int64)
+        # numpy: its elements cost a step less.
+        self._ages = numpy.zeros(len(features), dtype=numpy.int64)
         self.pending = False
 
     def slots(self, table: int) -> range:
@@ -91,11 +105,18 @@ class TableTotals:
         """Calls ``listener`` when a step's sums are known, before anybody sees them.
 
         Args:
-            listener: is given bool [slots], true for features of tables with split columns that had
-                a gradient in none of them (None: there are no such tables), and the tables whose
-                counts are to be halved.
+            listener: is given bool [slots], true for features that had a gradient in no column
+                (None: no table has split columns), and the tables whose counts are to be halved.
         """
         self._listeners.append(listener)
+
+    @property
+    def ages(self) -> Tensor:
+        """int64 [tables], on the CPU: steps since the counts of each table were last halved.
+
+        May be written.
+        """
+        return torch.from_numpy(self._ages)
 
     @property
     def values(self) -> Tensor:
@@ -113,11 +134,12 @@ class TableTotals:
         with self._turn:
             self._merge()
             if self._rates is None:
-                _, squares_T, counts_T, occurrences_T = self._values.unbind(1)
-                mean_T = squares_per_count(squares_T, occurrences_T)
+                # Elementwise, few kernels: this is a cost of every step, however small.
+                squares_T1, parts_T2 = self._values.narrow(1, 1, 1), self._values.narrow(1, 2, 2)
+                rates_T2 = squares_per_count(squares_T1, parts_T2).to(torch.float32)
+                per_count_T, mean_T = rates_T2.unbind(1)
                 limit_T = torch.where(mean_T > 0, SQUARE_LIMIT * mean_T, torch.inf)
-                per_count_T = squares_per_count(squares_T, counts_T)
-                self._rates = per_count_T.to(torch.float32), limit_T.to(torch.float32)
+                self._rates = per_count_T, limit_T
             return self._rates
 
     def add(
@@ -143,10 +165,15 @@ class TableTotals:
         """
         if replicated and self._replica:
             return
-        numbers = [squares_F, counts_F, occurrences_F]
+        many_F = occurrences_F.to(torch.float64)
+        numbers = [
+            squares_F.to(torch.float64),
+            many_F if counts_F is occurrences_F else counts_F.to(torch.float64),
+            many_F,
+        ]
         if self._split:
-            numbers.append(occurrences_F if touched_F is None else touched_F)
-        step_F = torch.stack([number.to(torch.float64) for number in numbers], dim=1)
+            numbers.append(many_F if touched_F is None else touched_F.to(torch.float64))
+        step_F = torch.stack(numbers, dim=1)
         with self._turn:
             self.pending |= self._group is None
             self._added.index_add_(0, slots_F, step_F)
@@ -154,8 +181,7 @@ class TableTotals:
     def end_backward(self, tables: Sequence[int]) -> None:
         """Ends a backward of the tables: they are a step older."""
         with self._turn:
-            for table in tables:
-                self.ages[table] += 1
+            self._ages[tables] += 1
 
     def advance(self) -> None:
         """Starts a step. Where ranks share tables all must call it, in the same order.
@@ -164,11 +190,12 @@ class TableTotals:
         """
         with self._turn:
             self._merge()
-            added, self._added = self._added, torch.zeros_like(self._added)
+            added, self._added = self._added, self._added.new_zeros(self._added.shape)
             work = None
             if self._group is not None:
                 work = dist.all_reduce(added, group=self._group, async_op=True)
-            self._exchange = added, work
+            held = numpy.flatnonzero(self._ages > HOLD_STEPS).tolist()
+            self._exchange = _Exchange(added, work, held, self._due())
             self.pending = True
 
     def settle(self) -> None:
@@ -185,9 +212,10 @@ class TableTotals:
     def _merge(self) -> None:
         if self._exchange is None:
             return
-        (added, work), self._exchange = self._exchange, None
-        if work is not None:
-            work.wait()  # on a GPU this makes the stream wait, not the host
+        exchange, self._exchange = self._exchange, None
+        if exchange.work is not None:
+            exchange.work.wait()  # on a GPU this makes the stream wait, not the host
+        added = exchange.added
         untouched_S = None
         if self._split:
             untouched_S = added.select(1, 3) == 0
@@ -195,24 +223,25 @@ class TableTotals:
         step_T = added
         if len(added) > len(self._tables):
             step_T = added.new_zeros(len(self._tables), 3).index_add_(0, self._table_of_slot, added)
-        held = [index for index, age in enumerate(self.ages.tolist()) if age >= HOLD_STEPS]
-        for table in held:
-            _, squares, _, occurrences = self._values[table].unbind()
-            step_T[table, 0] = squares / occurrences * step_T[table, 2]
+        if self._fractions:  # a row that occurs k times has added 1/k each time
+            step_T.select(1, 1).round_()
+        for table in exchange.held:
+            _, squares, _, occurrences = self._values.select(0, table).unbind()
+            step = step_T.select(0, table)
+            step.select(0, 0).copy_(squares_per_count(squares, occurrences) * step.select(0, 2))
         self._values.narrow(1, 1, 3).add_(step_T)
-        due = self._due()
-        for table in due:
-            self._values[table].narrow(0, 1, 3).mul_(0.5)
+        for table in exchange.due:
+            self._values.select(0, table).narrow(0, 1, 3).mul_(0.5)
         self._rates = None
         for listener in self._listeners:
-            listener(untouched_S, due)
+            listener(untouched_S, exchange.due)
 
     def _due(self) -> list[int]:
         """Tables whose half-life is over; their ages start anew."""
         due = []
         for index, table in enumerate(self._tables):
-            age, half_life = int(self.ages[index]), table.config.half_life
+            age, half_life = self._ages[index], table.config.half_life
             if half_life is not None and age >= half_life:
-                self.ages[index] = (age - half_life) % half_life
+                self._ages[index] = (age - half_life) % half_life
                 due.append(index)
         return due

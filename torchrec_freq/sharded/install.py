@@ -200,7 +200,7 @@ def _stepped(stock: Any) -> Any:
 
 @torch.compiler.disable(reason=NOT_COMPILED)
 def _advance(handle: FrequencyTables) -> None:
-    handle.totals.advance()
+    handle.begin_step()
 
 
 def _wrap_load_state_dict() -> None:

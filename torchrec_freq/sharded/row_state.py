@@ -38,6 +38,10 @@ class RowShard:
         """What the tensor holds between steps."""
         return self.tensor if self.copy is None else self.copy()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowShard:
+        """A copy on the CPU: asynchronous checkpoints are staged by it."""
+        return RowShard(self.row_offset, self.primary, self.read().to("cpu", copy=True))
+
 
 class RowState(torch.Tensor):
     """A tensor [rows] of a whole table of which this rank holds parts, some of them replicas.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.engine.tbe import CountingTBE, Membership
+from torchrec_freq.engine.tbe import CountingTBE, Membership, require_counts
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 from torchrec_freq.sharded.row_state import RowShard, RowState
 from torchrec_freq.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, TOTALS
@@ -93,6 +93,7 @@ class FrequencyTables:
         self.process_group = process_group
         self.shards: list[LocalShard] = []
         self.moving = False
+        self._unchecked = any(table.config.count == "frozen" for table in tables)
         self._attach_totals(None)
 
     @property
@@ -127,6 +128,20 @@ class FrequencyTables:
                 for shard in mine
             ]
             tbe.join(self.totals, members)
+
+    def begin_step(self) -> None:
+        """Starts a step of the totals, in a forward. All ranks must call it.
+
+        Raises:
+            RuntimeError: the counts of a table are frozen and none were loaded; on every rank.
+        """
+        self.totals.advance()
+        if self._unchecked:
+            counts_T = self.totals.values.select(1, 2).cpu()
+            self.reduce(counts_T, dist.ReduceOp.MAX)
+            for name, count in zip(self.tables, counts_T.tolist(), strict=True):
+                require_counts(self.tables[name].config, name, count)
+            self._unchecked = False
 
     def _attach_totals(self, device: torch.device | None) -> None:
         tables = [TotalsTable(t.features, t.config, t.split_columns) for t in self.tables.values()]
