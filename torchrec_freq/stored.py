@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from torchrec_freq.counters import COUNT_CEILING, check_counts
 from torchrec_freq.dcp_metadata import Reader
+from torchrec_freq.engine.counters import COUNT_CEILING, check_counts
 from torchrec_freq.files import CountsReader
-from torchrec_freq.row_state import RowShard, RowState
-from torchrec_freq.scale import SCALE_NUMBERS, TableScales
-from torchrec_freq.tables import ROW_COUNTER, ROW_COUNTER_STEPS, TABLE_SCALE
+from torchrec_freq.sharded.row_state import RowShard, RowState
+from torchrec_freq.state import ROW_COUNTER, STATE_FORMAT, TABLE_TOTALS, TOTALS
 
 _BLOCK_ROWS: Final = 1 << 22
 
@@ -40,15 +39,13 @@ class StoredTable:
     Attributes:
         name: as :func:`torchrec_freq.row_counts` gives it.
         rows: number of rows.
-        steps: that the counts stand for, at least 1; None where unknown.
-        inverse_scale: ``1 / s_t``; None where unknown.
+        totals: float64 [4], see :mod:`torchrec_freq.state`; None where unknown.
         blocks: reads the counts: first row of a block, and its counts.
     """
 
     name: str
     rows: int
-    steps: int | None
-    inverse_scale: float | None
+    totals: Tensor | None
     blocks: Callable[[], Iterator[tuple[int, Tensor]]]
 
 
@@ -73,7 +70,7 @@ def open_stored(path: Path) -> list[StoredTable]:
         raise FileNotFoundError(f"{path}: no such file or folder.")
     file = CountsReader(path)
     return [
-        StoredTable(name, rows, file.steps, None, partial(_file_blocks, file, name))
+        StoredTable(name, rows, None, partial(_file_blocks, file, name))
         for name, rows in file.rows.items()
     ]
 
@@ -106,20 +103,18 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
     tables = []
     for stem, name in zip(stems, _names(stems), strict=True):
         chunks = _chunks(folder, stem + suffix, metadata)
-        steps, scale = torch.zeros(2, dtype=torch.int64), torch.zeros(1, SCALE_NUMBERS).double()
-        for key, into in ((ROW_COUNTER_STEPS, steps), (TABLE_SCALE, scale[0])):
-            if f"{stem}.{key}" in stored:
-                _load(folder, f"{stem}.{key}", into)
-                if not bool((into.isfinite() & (into >= 0)).all()):
-                    raise ValueError(f"{folder} is damaged: {stem}.{key} is {into.tolist()}.")
-        scales = TableScales(1)
-        scales.totals.copy_(scale)
+        totals = torch.zeros(TOTALS, dtype=torch.float64)
+        if f"{stem}.{TABLE_TOTALS}" in stored:  # not in a checkpoint of version 0.1
+            _load(folder, f"{stem}.{TABLE_TOTALS}", totals)
+            if not bool((totals.isfinite() & (totals >= 0)).all()):
+                raise ValueError(
+                    f"{folder} is damaged: {stem}.{TABLE_TOTALS} is {totals.tolist()}."
+                )
         tables.append(
             StoredTable(
                 name=name,
                 rows=stored[stem + suffix].size[0],  # type: ignore[union-attr]
-                steps=int(steps[0]) or None,
-                inverse_scale=float(scales.inverse()) or None,
+                totals=totals if totals[0] == STATE_FORMAT and totals[3] > 0 else None,
                 blocks=partial(_checkpoint_blocks, folder, stem + suffix, name, chunks),
             )
         )
