@@ -454,8 +454,8 @@ def test_plan_with_counts_trains() -> None:
 
 
 @on_ranks(2)
-def test_model_that_only_ours_lets_in() -> None:
-    """The tables fit, a second copy of them does not."""
+def test_model_that_fits_is_let_in_by_both_planners() -> None:
+    """The tables fit, a second copy of them does not, which TorchRec would count for Adagrad."""
     tables = [TableSpec(f"t{i}", 20_000, 64, [f"x{i}"]) for i in range(4)]
     needed = 2 * 20_000 * (64 * 4 + 4)  # two tables a rank
     topology = Topology(world_size=2, compute_device="cpu", ddr_cap=int(needed * 1.3))
@@ -473,8 +473,11 @@ def test_model_that_only_ours_lets_in() -> None:
         constraints=constraints,
         storage_reservation=reservation,
     )
+    stock.plan(collection, [sharder])
+    other: Any = make_collection(tables)
+    apply_optimizer_in_backward(torch.optim.Adagrad, other.parameters(), {"lr": LR})
     with pytest.raises(PlannerError):
-        stock.plan(collection, [sharder])
+        stock.plan(other, [sharder])
     planner = make_planner(topology, 8, constraints, storage_reservation=reservation)
     plan = planner.collective_plan(collection, [sharder], dist.group.WORLD)
     model = DistributedModelParallel(
