@@ -387,7 +387,7 @@ def test_tiny_gradients_count() -> None:
 def test_columns_that_only_another_shard_sees_a_gradient_of() -> None:
     """Its counts come to be the same; a feature without a gradient anywhere counts nowhere."""
     for mode in ("samples", "batches"):
-        config = FrequencyConfig(count=mode)  # type: ignore[arg-type]
+        config = FrequencyConfig(count=mode)
         whole = TableTotals([TotalsTable(2, config, split_columns=True)])
         shards = [
             FrequencyTBE(specs([(9, 8)]), frequency=config, feature_table_map=[0, 0])
