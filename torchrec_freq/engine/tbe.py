@@ -142,7 +142,9 @@ class CountingTBE:
         device = self.layout.first_row_F.device
         self._slot_F = torch.tensor(slots, dtype=torch.int64, device=device)
         positions = [member.position for member in members]
-        self._position_F = torch.tensor(positions, dtype=torch.int64, device=device)
+        self._position_F: Tensor | None = None  # None: each its own
+        if positions != list(range(totals.tables)):
+            self._position_F = torch.tensor(positions, dtype=torch.int64, device=device)
         self.layout.split([member.column_share < 1 for member in members])
         shares = [(member.column_share, float(member.primary)) for member in members]
         self._column_share_F, self._primary_F = torch.tensor(
@@ -219,6 +221,12 @@ class CountingTBE:
             added_L = (added_L - (loan.after_L - loan.before_L)).clamp_(min=0)
             self.counts.scatter_(0, rows_L, before_L + added_L)
 
+    def _of_lookups(self, values_T: Tensor, lookups: Lookups) -> Tensor:
+        """[lookups] of [tables of the totals]: that of each lookup's table."""
+        if self._position_F is not None:
+            values_T = values_T.index_select(0, self._position_F)
+        return values_T.index_select(0, lookups.feature_L)
+
     def _add_totals(
         self, lookups: Lookups, squares_L: Tensor, occurrences_L: Tensor, limit_T: Tensor
     ) -> None:
@@ -230,7 +238,7 @@ class CountingTBE:
             limit_T: as :meth:`TableTotals.rates` gives it.
         """
         ends_F = lookups.ends_F
-        limit_L = limit_T.index_select(0, self._position_F).index_select(0, lookups.feature_L)
+        limit_L = self._of_lookups(limit_T, lookups)
         entering_L = entering_squares(squares_L, occurrences_L, limit_L)
         if lookups.trained_L is None:
             occurrences_F = lookups.lengths_F
@@ -362,9 +370,7 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             loan.after_L = counted(self.frequency.count, before_L, now_L)
             unit_L = None
             if self.frequency.normalize is not None:
-                unit_T = per_count_T / self.frequency.own_weight
-                unit_L = unit_T.index_select(0, self._position_F)
-                unit_L = unit_L.index_select(0, lookups.feature_L)
+                unit_L = self._of_lookups(per_count_T / self.frequency.own_weight, lookups)
             loan.lent_L = lent_squares(self.frequency, loan.after_L, unit_L)
             # Equal rows write equal values, so the order of the writes does not matter.
             self._momentum.scatter_(0, rows_L, loan.lent_L)
