@@ -28,9 +28,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrec_freq import COUNT_CEILING, FrequencyConfig
+from torchrec_freq.engine.counting import CountingTBE, Membership
 from torchrec_freq.engine.lookups import Batch, has_gradient
 from torchrec_freq.engine.replicated import ReplicatedTBE
-from torchrec_freq.engine.tbe import CountingTBE, FrequencyTBE, Membership
+from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 
 SHAPES = [(11, 8), (5, 16), (40, 16)]

@@ -36,8 +36,8 @@ from torchrec.distributed.planner.types import ShardingOption, Storage
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.engine.counting import NOT_COMPILED
 from torchrec_freq.engine.replicated import average_and_apply
-from torchrec_freq.engine.tbe import NOT_COMPILED
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.sharded.kernels import (
     FrequencyEmbedding,
