@@ -1,4 +1,4 @@
-"""What our table-batched embeddings have in common: counts, totals, and how a batch changes them."""
+"""What our table-batched embeddings have in common: counts, totals, how a batch changes them."""
 
 from __future__ import annotations
 
