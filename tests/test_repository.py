@@ -1,7 +1,8 @@
-"""The files for those who work on it: workflows call targets that exist, hooks the same tools."""
+"""The house: workflows call targets that exist, hooks the same tools, no import runs upward."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "torchrec_freq"
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -51,3 +53,55 @@ def test_a_bug_report_asks_for_the_doctor() -> None:
     fields = load(ROOT / ".github/ISSUE_TEMPLATE/bug.yml")["body"]
     (doctor,) = [field for field in fields if "doctor" in field["attributes"]["label"]]
     assert doctor["validations"]["required"]
+
+
+# From the bottom: a module imports from its own layer and those below, and from nothing above.
+LAYERS = (
+    ("_versions",),
+    ("config",),
+    ("rule", "engine.counters"),
+    ("state",),
+    ("engine",),
+    ("optimizer",),
+    ("sharded.row_state", "sharded.tables"),
+    ("sharded",),
+    ("files", "traffic"),
+    ("stored", "monitor", "planner"),
+    ("",),  # the package itself
+    ("commands",),
+    ("__main__",),
+)
+
+
+def layer(module: str) -> int:
+    """The number of the layer of a module, named without the package."""
+    name = module
+    while True:
+        for index, names in enumerate(LAYERS):
+            if name in names:
+                return index
+        assert name, f"{module} is in no layer"
+        name = name.rpartition(".")[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchrec_freq"):
+            package = (node.module or "").removeprefix("torchrec_freq").removeprefix(".")
+            for alias in node.names:
+                inner = f"{package}.{alias.name}".removeprefix(".")
+                is_module = (PACKAGE / inner.replace(".", "/")).with_suffix(".py").exists()
+                found.add(inner if is_module else package)
+    return found
+
+
+def test_no_import_runs_upward() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 20
+    for path in files:
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        module = module.removesuffix("__init__").rstrip(".")
+        for other in imports_of(path):
+            assert layer(other) <= layer(module), f"{module} imports {other}"
