@@ -101,7 +101,7 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
             '{"optimizer": model.fused_optimizer.state_dict()}.'
         )
     tables = []
-    for stem, name in zip(stems, _names(stems), strict=True):
+    for stem, name in zip(stems, table_names(stems), strict=True):
         chunks = _chunks(folder, stem + suffix, metadata)
         totals = torch.zeros(TOTALS, dtype=torch.float64)
         if f"{stem}.{TABLE_TOTALS}" in stored:  # not in a checkpoint of version 0.1
@@ -129,8 +129,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(part) if index % 2 else 0, part) for index, part in enumerate(parts)]
 
 
-def _names(stems: list[str]) -> list[str]:
-    """A table's name, with the path of its collection where two have one of that name."""
+def table_names(stems: list[str]) -> list[str]:
+    """A table's name, with the path of its collection where two have one of that name.
+
+    Args:
+        stems: keys of the tables' states, as ``"ebc.embedding_bags.item.weight.item"``.
+    """
     forms = []
     for stem in stems:
         match = _SHARDED.fullmatch(stem)
