@@ -191,18 +191,9 @@ def test_a_folder_of_days(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         np.save(tmp_path / f"day_{day}_labels.npy", np.zeros((len(data), 1), np.int32))
     np.save(tmp_path / "_unfinished_sparse.npy", days[0])
     output = tmp_path / "counts.safetensors"
-    assert run(tmp_path, "--rows", ROWS, "-o", output, "--batch-size", 10) == 0
+    assert run(tmp_path, "--rows", ROWS, "-o", output) == 0
     check_criteo(output, np.concatenate(days))
-    assert load_counts(output).steps == 15
-    assert "26 tables, 157 samples, 4,082 ids, 15 steps" in capsys.readouterr().out
-
-
-def test_steps(tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", criteo(100))
-    output = tmp_path / "counts.safetensors"
-    for arguments, steps in (([], None), (["--batch-size", 33], 3), (["--batch-size", 101], 1)):
-        assert run(tmp_path / "x.npy", "--rows", ROWS, "-o", output, *arguments) == 0
-        assert load_counts(output).steps == steps
+    assert "26 tables, 157 samples, 4,082 ids" in capsys.readouterr().out
 
 
 def test_columns_tables_and_rows(tmp_path: Path) -> None:
@@ -423,7 +414,6 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([x, "--rows", "3,4"], "2 numbers for 26 tables"),
         ([x, "--rows", "0"], "'0' is not a whole number >= 1"),
         ([x, "--rows", "ten"], "'ten' is not a whole number"),
-        ([x, "--batch-size", "0"], "'0' is not a whole number"),
         ([x, "--columns", "cat_1,"], "empty name"),
         ([x, "--rows", "4"], r"x.npy, samples 0 to 19, column 'cat_\d+': id \d+ .*has 4 rows"),
         ([x, "--rows", 2**70], f"'t_cat_0': no memory for the counts of {2**70} rows"),
@@ -476,9 +466,9 @@ def test_the_command(tmp_path: Path) -> None:
     data = criteo(1000)
     np.save(tmp_path / "day_0_sparse.npy", data)
     output = tmp_path / "counts.safetensors"
-    done = command("count", tmp_path, "-o", output, "--rows", ROWS, "--batch-size", 64)
+    done = command("count", tmp_path, "-o", output, "--rows", ROWS)
     assert (done.returncode, done.stderr) == (0, "")  # no bar without a terminal
-    assert done.stdout == f"{output}: 26 tables, 1,000 samples, 26,000 ids, 15 steps\n"
+    assert done.stdout == f"{output}: 26 tables, 1,000 samples, 26,000 ids\n"
     check_criteo(output, data)
     before = output.read_bytes()
     failed = command("count", tmp_path, "-o", output, "--rows", 3)
@@ -506,7 +496,7 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("num_embeddings", "samples in a step", "4 bytes a row", "--modulo"):
+    for words in ("num_embeddings", "4 bytes a row", "--modulo"):
         assert words in text
     with pytest.raises(SystemExit):
         main(["--help"])

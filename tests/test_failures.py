@@ -65,18 +65,19 @@ def test_damaged_files_of_counts(tmp_path: Path) -> None:
     chance = random.Random(SEED)
     path = tmp_path / "counts.safetensors"
     counts = {name: torch.randint(0, 1000, (rows,)) for name, rows in (("user", 70), ("日本", 3))}
-    save_counts(path, counts)
+    squares = {"user": 1 / 3}
+    save_counts(path, counts, squares)
     raw = path.read_bytes()
     refused = 0
     for case in range(CASES):
         path.write_bytes(damaged(raw, chance))
         try:
-            loaded = load_counts(path).counts
+            loaded, known = load_counts(path)
         except ValueError as error:
             assert str(path) in str(error), case
             refused += 1
         else:
-            assert loaded.keys() == counts.keys(), case
+            assert loaded.keys() == counts.keys() and known == squares, case
             assert all(torch.equal(loaded[name], counts[name]) for name in counts), case
     assert refused > 0.9 * CASES
 
@@ -154,7 +155,9 @@ def test_damaged_checkpoints_without_checksums(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     key = "optimizer.state.embeddings.a.weight.a.row_counter"
     counts = torch.randint(0, 1000, (300,), dtype=torch.int32)
-    dcp.save({key: counts, f"{key}_steps": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
+    totals = key.replace("row_counter", "table_totals")
+    state = {key: counts, totals: torch.tensor([2, 0.5, 9, 9], dtype=torch.float64)}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
     refused = 0
     for case in range(CASES):
         path = some_file(folder, chance)

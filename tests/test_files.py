@@ -21,6 +21,7 @@ import torch.distributed as dist
 from models import TABLES, Pair
 from ranks import on_ranks
 from safetensors.numpy import load_file, save_file
+from test_counts import seed
 from test_sharding import make_plan
 
 import torchrec_freq
@@ -33,16 +34,20 @@ COUNTS = {
     "ebc.item": torch.arange(1000),
     "none": torch.zeros(0, dtype=torch.int64),
 }
+SQUARES = {"user": 1 / 3, "none": 0.0}
+# Of the first version, as other tools may write it, too.
 METADATA = {"format": "torchrec_freq.counts", "version": "1", "steps": "7"}
 FULL = OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("steps", [None, 1, 10**12])
-def test_what_is_saved_is_loaded(tmp_path: Path, steps: int | None) -> None:
+@pytest.mark.parametrize(
+    "squares", [{}, SQUARES, {"user": 5e-324, "ebc.item": sys.float_info.max}, {"user": 3}]
+)
+def test_what_is_saved_is_loaded(tmp_path: Path, squares: dict[str, float]) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(path, COUNTS, steps)
+    save_counts(path, COUNTS, squares)
     loaded = load_counts(path)
-    assert loaded.steps == steps
+    assert loaded.squares == squares  # to the last bit
     assert set(loaded.counts) == set(COUNTS)
     for name, counts in COUNTS.items():
         assert loaded.counts[name].dtype == torch.int64
@@ -58,7 +63,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, steps: int | None) -> None:
 
 def test_other_tools_read_it(tmp_path: Path) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(str(path), COUNTS, 7)
+    save_counts(str(path), COUNTS, SQUARES)
     arrays = load_file(path)
     for name, counts in COUNTS.items():
         assert arrays[name].dtype == np.int32
@@ -67,9 +72,13 @@ def test_other_tools_read_it(tmp_path: Path) -> None:
     (length,) = struct.unpack("<Q", raw[:8])
     metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
     checksums = json.loads(metadata.pop("crc32"))
-    assert metadata == METADATA
+    assert metadata == {
+        "format": "torchrec_freq.counts",
+        "version": "2",
+        "squares": '{"user": 0.3333333333333333, "none": 0.0}',
+    }
     for name, counts in COUNTS.items():
-        start = zlib.crc32(json.dumps([name, len(counts), 7]).encode())
+        start = zlib.crc32(json.dumps([name, len(counts), SQUARES.get(name)]).encode())
         assert checksums[name] == zlib.crc32(arrays[name].tobytes(), start)
     # 4 bytes a row, and readable to whom any new file is.
     assert len(raw) == 8 + length + 4 * 1004
@@ -90,7 +99,7 @@ def test_files_of_other_tools_are_read(tmp_path: Path) -> None:
         "a": [5, 0],
         "b": [1],
     }
-    assert loaded.steps is None
+    assert loaded.squares == {}
 
 
 def test_any_dtype_layout_and_shared_storage(tmp_path: Path) -> None:
@@ -113,7 +122,7 @@ def test_any_dtype_layout_and_shared_storage(tmp_path: Path) -> None:
 
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(path, {"a": torch.arange(9), "b": torch.arange(3)}, 2)
+    save_counts(path, {"a": torch.arange(9), "b": torch.arange(3)}, {"b": 2})
     raw = path.read_bytes()
     for length in range(len(raw)):
         path.write_bytes(raw[:length])
@@ -123,22 +132,32 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_counts(path)
     path.write_bytes(raw)
-    assert load_counts(path).steps == 2
+    assert load_counts(path).squares == {"b": 2}
 
 
 FOREIGN: dict[str, tuple[np.ndarray, dict[str, str] | None, str]] = {
     "no metadata": (np.zeros(3, np.int32), None, "not one of counts.*None"),
     "a model": (np.zeros(3, np.int32), {"format": "pt"}, "not one of counts.*'pt'"),
-    "version": (np.zeros(3, np.int32), METADATA | {"version": "2"}, "version '2'.*Upgrade"),
+    "version": (np.zeros(3, np.int32), METADATA | {"version": "3"}, "version '3'.*Upgrade"),
     "float": (np.zeros(3, np.float32), METADATA, r"'a' must be I32 or I64.*F32"),
     "two dimensions": (np.zeros((3, 1), np.int32), METADATA, r"'a'.*\[3, 1\]"),
     "a number": (np.zeros((), np.int32), METADATA, r"'a'.*\[\]"),
     "negative": (np.array([3, -1], np.int32), METADATA, "'a': counts must lie in .* got -1 to 3"),
     "too large": (np.array([2**40], np.int64), METADATA, f"'a'.*{2**40}"),
-    "steps of 0": (np.zeros(3, np.int32), METADATA | {"steps": "0"}, "steps.*'0'"),
-    "steps": (np.zeros(3, np.int32), METADATA | {"steps": "1.5"}, "steps.*'1.5'"),
-    "endless steps": (np.zeros(3, np.int32), METADATA | {"steps": "9" * 5000}, "steps.*5000 char"),
-    "checksums": (np.zeros(3, np.int32), METADATA | {"crc32": "[" * 9999}, "checksums"),
+    "no checksums": (np.zeros(3, np.int32), METADATA | {"version": "2"}, "checksums are not"),
+    "negative squares": (np.zeros(3, np.int32), METADATA | {"squares": '{"a": -1}'}, "'a': -1"),
+    "endless squares": (
+        np.zeros(3, np.int32),
+        METADATA | {"squares": f'{{"a": 1{"0" * 400}}}'},
+        "damaged: its squares",
+    ),
+    "squares of no table": (np.zeros(3, np.int32), METADATA | {"squares": '{"b": 1}'}, "'b': 1"),
+    "squares": (np.zeros(3, np.int32), METADATA | {"squares": "7"}, "squares are no JSON object"),
+    "checksums": (
+        np.zeros(3, np.int32),
+        METADATA | {"crc32": "[" * 9999},
+        "crc32 are no JSON object",
+    ),
     "a checksum": (np.zeros(3, np.int32), METADATA | {"crc32": '{"a": 5}'}, "damaged.*'a'"),
 }
 
@@ -166,29 +185,31 @@ def test_other_formats_and_missing_files_are_refused(tmp_path: Path) -> None:
             load_counts(missing)
 
 
-WRONG = {
-    "no table": ({}, 1, "at least one table"),
-    "empty name": ({"": torch.ones(2)}, 1, "name ''"),
-    "reserved name": ({"__metadata__": torch.ones(2)}, 1, "'__metadata__'"),
-    "two dimensions": ({"a": torch.ones(2, 1)}, 1, r"'a'.*\[2, 1\]"),
-    "negative": ({"a": torch.tensor([-1])}, 1, "'a'.*-1"),
-    "not whole": ({"a": torch.tensor([0.5])}, 1, "'a'.*whole"),
-    "NaN": ({"a": torch.tensor([torch.nan])}, 1, "'a'.*NaN"),
-    "too large": ({"a": torch.tensor([COUNT_CEILING + 1])}, 1, f"'a'.*{COUNT_CEILING + 1}"),
-    "bool": ({"a": torch.ones(2, dtype=torch.bool)}, 1, "'a'.*bool"),
-    "steps of 0": ({"a": torch.ones(2)}, 0, "steps value: 0"),
-    "fractional steps": ({"a": torch.ones(2)}, 1.5, "steps value: 1.5"),
+WRONG: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
+    "no table": ({}, {}, "at least one table"),
+    "empty name": ({"": torch.ones(2)}, {}, "name ''"),
+    "reserved name": ({"__metadata__": torch.ones(2)}, {}, "'__metadata__'"),
+    "two dimensions": ({"a": torch.ones(2, 1)}, {}, r"'a'.*\[2, 1\]"),
+    "negative": ({"a": torch.tensor([-1])}, {}, "'a'.*-1"),
+    "not whole": ({"a": torch.tensor([0.5])}, {}, "'a'.*whole"),
+    "NaN": ({"a": torch.tensor([torch.nan])}, {}, "'a'.*NaN"),
+    "too large": ({"a": torch.tensor([COUNT_CEILING + 1])}, {}, f"'a'.*{COUNT_CEILING + 1}"),
+    "bool": ({"a": torch.ones(2, dtype=torch.bool)}, {}, "'a'.*bool"),
+    "negative squares": ({"a": torch.ones(2)}, {"a": -1}, "squares of table 'a': -1"),
+    "infinite squares": ({"a": torch.ones(2)}, {"a": float("inf")}, "squares of table 'a': inf"),
+    "squares of no number": ({"a": torch.ones(2)}, {"a": "1"}, "squares of table 'a': '1'"),
+    "squares of no table": ({"a": torch.ones(2)}, {"b": 1}, "'b' has squares but no counts"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_counts_leave_the_old_file(tmp_path: Path, case: str) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(path, COUNTS, 7)
+    save_counts(path, COUNTS)
     before = path.read_bytes()
-    counts, steps, message = WRONG[case]
+    counts, squares, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
-        save_counts(path, counts, steps)  # type: ignore[arg-type]
+        save_counts(path, counts, squares)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
 
@@ -197,7 +218,7 @@ def test_a_failing_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(path, COUNTS, 7)
+    save_counts(path, COUNTS)
     before = path.read_bytes()
 
     def full(_: int) -> None:
@@ -215,8 +236,8 @@ def test_a_failing_write_leaves_the_old_file(
 def test_header_and_counts_are_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes the file's name between the library's two looks at it."""
     path, other = tmp_path / "counts.safetensors", tmp_path / "other"
-    save_counts(path, {"a": torch.ones(5)}, 1)
-    save_counts(other, {"a": torch.full((5,), 2)}, 2)
+    save_counts(path, {"a": torch.ones(5)}, {"a": 1})
+    save_counts(other, {"a": torch.full((5,), 2)}, {"a": 2})
     from_file = torch.UntypedStorage.from_file
     calls: list[Any] = []
 
@@ -229,8 +250,8 @@ def test_header_and_counts_are_of_one_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_first)
     loaded = load_counts(path)
     assert calls and not other.exists()
-    assert (loaded.steps, loaded.counts["a"].tolist()) == (1, [1] * 5)
-    assert load_counts(path).steps == 2
+    assert (loaded.squares, loaded.counts["a"].tolist()) == ({"a": 1}, [1] * 5)
+    assert load_counts(path).squares == {"a": 2}
 
 
 def test_blocks_are_of_one_file(tmp_path: Path) -> None:
@@ -245,7 +266,7 @@ def test_blocks_are_of_one_file(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
     path = tmp_path / "counts.safetensors"
     counts = {"a": torch.arange(9), "b": torch.arange(3)}
-    save_counts(path, counts, 2)
+    save_counts(path, counts, {"b": 2})
     raw = path.read_bytes()
     refused = 0
     for position in range(len(raw)):
@@ -258,7 +279,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
             assert str(path) in str(error)
             refused += 1
         else:  # in a part that says nothing, as the name of the checksums' key
-            assert loaded.steps == 2
+            assert loaded.squares == {"b": 2}
             assert {name: c.tolist() for name, c in loaded.counts.items()} == {
                 name: c.tolist() for name, c in counts.items()
             }
@@ -269,11 +290,11 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     target, link = tmp_path / "elsewhere" / "counts", tmp_path / "counts.safetensors"
     link.symlink_to(Path("elsewhere", "counts"))
-    save_counts(link, {"a": torch.ones(5)}, 1)  # which leads nowhere yet
-    assert link.is_symlink() and load_counts(target).steps == 1
+    save_counts(link, {"a": torch.ones(5)}, {"a": 1})  # which leads nowhere yet
+    assert link.is_symlink() and load_counts(target).squares == {"a": 1}
     target.chmod(0o640)
-    save_counts(link, {"a": torch.ones(5)}, 2)
-    assert link.is_symlink() and load_counts(target).steps == 2
+    save_counts(link, {"a": torch.ones(5)}, {"a": 2})
+    assert link.is_symlink() and load_counts(target).squares == {"a": 2}
     assert target.stat().st_mode & 0o777 == 0o640
     assert os.listdir(target.parent) == ["counts"]
 
@@ -353,7 +374,7 @@ if stop in ("fsync", "replace"):
     setattr(os, stop, wait)
 print("started", flush=True)
 while True:
-    save_counts(path, {"a": new}, 2)
+    save_counts(path, {"a": new}, {"a": 2})
 """
 
 
@@ -369,7 +390,7 @@ def is_writing(folder: Path) -> bool:
 @pytest.mark.parametrize("stop", [0.0, 0.003, 0.01, 0.03, 0.1, "fsync", "replace"])
 def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, stop: float | str) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(path, {"a": torch.ones(5)}, 1)
+    save_counts(path, {"a": torch.ones(5)}, {"a": 1})
     before = path.read_bytes()
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path), str(stop)],
@@ -392,19 +413,19 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, stop: float | str) 
     if stop == "fsync":
         assert path.read_bytes() == before
     if stop == "replace":
-        assert load_counts(path).steps == 2
+        assert load_counts(path).squares == {"a": 2}
     loaded = load_counts(path)
-    assert (loaded.steps, loaded.counts["a"].numel()) in [(1, 5), (2, 20_000_000)]
-    assert set(loaded.counts["a"].unique().tolist()) == {loaded.steps}
+    assert (loaded.squares["a"], loaded.counts["a"].numel()) in [(1, 5), (2, 20_000_000)]
+    assert set(loaded.counts["a"].unique().tolist()) == {loaded.squares["a"]}
     # What is left has another name, and does not keep the next writer from its work.
     assert [file.name for file in tmp_path.glob("*.safetensors")] == [path.name]
-    save_counts(path, {"a": torch.full((3,), 9)}, 9)
+    save_counts(path, {"a": torch.full((3,), 9)}, {"a": 9})
     assert load_counts(path).counts["a"].tolist() == [9, 9, 9]
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(path, {"a": torch.full((20_000_000,), 2)}, 2)
+    save_counts(path, {"a": torch.full((20_000_000,), 2)}, {"a": 2})
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path), "never"], stdout=subprocess.PIPE, text=True
     )
@@ -415,7 +436,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while len(inodes) < 4 and time.monotonic() < deadline:
             loaded = load_counts(path)
-            assert loaded.steps == 2
+            assert loaded.squares == {"a": 2}
             assert bool((loaded.counts["a"] == 2).all())
             inodes.add(path.stat().st_ino)
         assert len(inodes) >= 2, "the writer never replaced the file"
@@ -431,14 +452,14 @@ def test_counts_of_one_model_seed_another(folder: str) -> None:
     for _ in range(3):
         pair.step()
     counts = torchrec_freq.row_counts(pair.model)
+    squares = {"a": 2.5, "b": 1 / 3}
     if dist.get_rank() == 0:
-        save_counts(path, counts, steps=3)
+        save_counts(path, counts, squares)
     dist.barrier()
     other = Pair(TABLES, make_plan("row_wise", TABLES, 2))
     torchrec_freq.load_row_counts(other.model, *load_counts(path))
     for name, table in other.reference.tables.items():
-        table.counts.update(dict(enumerate(counts[name].tolist())))
-        table.steps = 3
+        seed(table, counts[name], squares.get(name))
     for _ in range(2):
         other.step()
     other.check()

@@ -41,11 +41,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def report(
-    tmp_path: Path, counts: dict[str, Tensor], *options: str, steps: int | None = 100
+    tmp_path: Path,
+    counts: dict[str, Tensor],
+    *options: str,
+    squares: dict[str, float] | None = None,
 ) -> Any:
     """The JSON of a report on counts, by table."""
     path = tmp_path / "counts.safetensors"
-    save_counts(path, counts, steps)
+    save_counts(path, counts, squares)
     return report_of(path, *options)
 
 
@@ -65,9 +68,10 @@ def multinomial(rows: int, exponent: float, lookups: int, seed: int = 0) -> Tens
 def test_figures_by_brute_force(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 128, 203) * (rng.random(203) < 0.7)
-    table = report(tmp_path, {"a": torch.from_numpy(counts)}, "--lr", "0.5", "--no-normalize")["a"]
+    options = ("--lr", "0.5", "--no-normalize", "--min-count", "10", "--batch-lookups", "77")
+    table = report(tmp_path, {"a": torch.from_numpy(counts)}, *options)["a"]
     seen, total = counts[counts > 0], counts.sum()
-    assert (table["rows"], table["lookups"], table["steps"]) == (203, total, 100)
+    assert (table["rows"], table["lookups"]) == (203, total)
     assert table["never_seen"] == (counts == 0).sum()
     hottest = np.append(np.sort(counts)[::-1], 0)
     for share, covered in table["top_shares"].items():
@@ -78,15 +82,14 @@ def test_figures_by_brute_force(tmp_path: Path) -> None:
     for name, q in {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}.items():
         count = np.quantile(seen, q, method="inverted_cdf")
         assert table["counts"][name] == count
-        effective = max(count * (1 + 0.03 * count / 100), 10)
-        assert table["rates"][name] == pytest.approx(0.5 / effective**0.5)
+        assert table["rates"][name] == pytest.approx(0.5 / max(count, 10) ** 0.5)
     assert table["rate_unit"] == "" and table["scale"] is None
     for ranks, load in table["imbalance"].items():
         block = -(-203 // int(ranks))
         shards = [counts[i * block : (i + 1) * block].sum() for i in range(int(ranks))]
         assert load == pytest.approx(max(shards) / np.mean(shards))
     assert list(table["imbalance"]) == ["2", "4", "8", "16", "32", "64"]
-    assert table["batch_lookups"] == total / 100
+    assert table["batch_lookups"] == 77
 
 
 @pytest.mark.parametrize("miss_rate", [0.02, 0.1, 0.5])
@@ -163,28 +166,30 @@ def test_tables_at_the_edge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    ("steps", "options", "unit"),
+    ("squares", "options", "unit"),
     [
-        (None, [], None),
-        (None, ["--coherence", "0", "--no-normalize"], "lr"),
-        (None, ["--coherence", "0"], "lr / s"),
-        (100, [], "lr / s"),
-        (100, ["--no-normalize"], "lr"),
-        (100, ["--lr", "0.1"], "1 / s"),
+        (None, [], "lr / s"),
+        (None, ["--lr", "0.1"], "1 / s"),
+        (None, ["--own-weight", "2"], "lr / s"),
+        (None, ["--no-normalize"], "lr"),
+        (0.0, [], "lr / s"),
+        (0.02, [], "lr"),
+        (0.02, ["--lr", "0.1"], ""),
+        (0.02, ["--no-normalize"], "lr"),
     ],
 )
 def test_rates_are_those_that_are_known(
-    tmp_path: Path, steps: int | None, options: list[str], unit: str | None
+    tmp_path: Path, squares: float | None, options: list[str], unit: str
 ) -> None:
-    table = report(tmp_path, {"a": torch.tensor([40, 40])}, *options, steps=steps)["a"]
-    if unit is None:
-        assert table["rates"] == {}
-        return
-    coherence = 0.0 if "--coherence" in options else 0.03
+    known = None if squares is None else {"a": squares}
+    table = report(tmp_path, {"a": torch.tensor([40, 20])}, *options, squares=known)["a"]
     lr = 0.1 if "--lr" in options else 1.0
-    effective = 40 * (1 + coherence * 40 / (steps or 1))
-    assert table["rates"]["p50"] == pytest.approx(lr / effective**0.5)
+    own_weight = 2 if "--own-weight" in options else 5
+    s = (squares / 60) ** 0.5 if squares else 1  # of an occurrence
+    root = 40**0.5 if "--no-normalize" in options else s * ((40 + own_weight) / 2) ** 0.5
+    assert table["rates"]["max"] == pytest.approx(lr / root, rel=1e-5)
     assert table["rate_unit"] == unit
+    assert table["scale"] == (pytest.approx(s) if squares else None)
 
 
 def train_and_save(kind: str, ranks: int, folder: Path) -> None:
@@ -198,9 +203,7 @@ def train_and_save(kind: str, ranks: int, folder: Path) -> None:
     expected = {}
     for name in tables.tables:
         read = tables.read(name)
-        squares, elements = read.scale[:2].tolist()
-        scale = (squares / elements) ** 0.5
-        expected[name] = (read.counts.tolist(), int(read.steps[0]), scale)
+        expected[name] = (read.counts.tolist(), read.totals[1:].tolist())
     if dist.get_rank() == 0:
         (folder / "expected.json").write_text(json.dumps(expected))
 
@@ -213,19 +216,17 @@ def test_checkpoints(tmp_path: Path, kind: str) -> None:
     stored = {table.name: table for table in open_stored(tmp_path / "checkpoint")}
     tables = report_of(tmp_path / "checkpoint")
     assert set(stored) == set(tables) == set(expected) == {t.name for t in TABLES}
-    for name, (counts, steps, scale) in expected.items():
+    for name, (counts, (squares, total, occurrences)) in expected.items():
         blocks = list(stored[name].blocks())
         assert [first for first, _ in blocks] == sorted({first for first, _ in blocks})
         if kind == "row_wise":
             assert len(blocks) == 2
         assert torch.cat([block for _, block in blocks]).tolist() == counts
-        assert tables[name]["steps"] == steps == 2  # halved after step 3
+        scale = (squares / occurrences) ** 0.5
         assert tables[name]["scale"] == pytest.approx(scale, rel=1e-6)
         assert tables[name]["lookups"] == sum(counts)
         assert tables[name]["rate_unit"] == "lr"
-        most = max(counts)
-        effective = max(most * (1 + 0.03 * most / steps), 10)
-        rate = 1 / (scale * effective**0.5)
+        rate = ((squares / total * max(counts) + 5 * scale**2) / 2) ** -0.5
         assert tables[name]["rates"]["max"] == pytest.approx(rate, rel=1e-5)
 
 
@@ -254,7 +255,7 @@ def test_names_of_tables_in_a_checkpoint(tmp_path: Path) -> None:
     stored = open_stored(save(tmp_path / "checkpoint", state))
     found = {table.name: next(table.blocks())[1].item() for table in stored}
     assert found == {name: i for i, name in enumerate(keys.values())}
-    assert all(table.steps is None and table.inverse_scale is None for table in stored)
+    assert all(table.totals is None for table in stored)
 
 
 KEY = "optimizer.state.embedding_bags.a.weight.a.row_counter"
@@ -348,8 +349,8 @@ def test_a_hostile_checkpoint_runs_nothing(
 ) -> None:
     folder, sign = tmp_path / "checkpoint", tmp_path / "sign"
     attack: Any = Attack(sign)
-    steps = f"{KEY}_steps"
-    save(folder, {KEY: torch.arange(3), steps: attack if where == "tensor" else torch.ones(2)})
+    totals = KEY.replace("row_counter", "table_totals")
+    save(folder, {KEY: torch.arange(3), totals: attack if where == "tensor" else torch.ones(4)})
     if where == "whole":
         (folder / ".metadata").write_bytes(pickle.dumps(attack))
     elif where == "state_dict_metadata":
@@ -370,7 +371,7 @@ def test_a_hostile_checkpoint_runs_nothing(
     assert not sign.exists()
     assert "Traceback" not in error and error.count("\n") == 1
     if where == "tensor":
-        assert f"{steps} is no tensor" in error
+        assert f"{totals} is no tensor" in error
     elif where == "relative":
         assert "damaged" in error and "../other" in error
     else:

@@ -236,7 +236,8 @@ def test_figures_of_the_tables(reference: Path) -> None:
         assert figures[f"{name}/lookups"][STEPS] == counts.sum() == STEPS * BATCH
         most = float(counts.max())
         assert figures[f"{name}/count_max"][STEPS] == most
-        rate = 0.05 / math.sqrt(most + 0.03 * most**2 / STEPS) / figures[f"{name}/scale"][STEPS]
+        # The own square of a row is taken for that of an occurrence, and weighs 5 of its counts.
+        rate = 0.05 / math.sqrt((most + 5) / 2) / figures[f"{name}/scale"][STEPS]
         assert figures[f"{name}/lr_at_max"][STEPS] == pytest.approx(rate, rel=1e-4)
 
 
@@ -772,8 +773,8 @@ def test_warm_up(reference: Path, tmp_path: Path) -> None:
 def test_frozen_counts(reference: Path, tmp_path: Path) -> None:
     counts = {name: torch.arange(rows) for name, rows in zip(DEFAULT_CAT_NAMES, ROWS, strict=True)}
     if dist.get_rank() == 0:
-        save_counts(tmp_path / "counts.safetensors", counts, steps=10)
-        save_counts(tmp_path / "other.safetensors", counts | {"cat_3": torch.ones(4)}, steps=10)
+        save_counts(tmp_path / "counts.safetensors", counts)
+        save_counts(tmp_path / "other.safetensors", counts | {"cat_3": torch.ones(4)})
     dist.barrier()
     frozen = ["--optimizer.frequency.count", "frozen", "--planner.counts"]
     training = built(reference / "data", tmp_path, *frozen, str(tmp_path / "counts.safetensors"))
@@ -871,7 +872,7 @@ REFUSED = [
     ([*GIVEN, "--optimizer.warmup", "-1"], "optimizer.warmup must be at least 0"),
     ([*GIVEN, "--optimizer.frequency.half_life", "0"], "Invalid half_life value: 0"),
     (
-        [*GIVEN, "--optimizer.name", "SGD", "--optimizer.frequency.coherence", "0"],
+        [*GIVEN, "--optimizer.name", "SGD", "--optimizer.frequency.own_weight", "2"],
         "optimizer.frequency is for FrequencySGD",
     ),
     ([*GIVEN, "--optimizer.frequency.count", "frozen"], "needs the file planner.counts"),

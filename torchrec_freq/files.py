@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import stat
+import sys
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,9 @@ from torchrec_freq.engine.counters import check_counts
 from torchrec_freq.output import writing
 
 _FORMAT: Final = "torchrec_freq.counts"
-_VERSION: Final = "1"
+_VERSION: Final = "2"
+# The first version has neither squares nor checksums; its steps say nothing to the rule.
+_READABLE: Final = ("1", _VERSION)
 _DTYPES: Final = ("I32", "I64")
 _BLOCK_ROWS: Final = 1 << 22
 # The name under which the format itself keeps text.
@@ -33,15 +36,18 @@ class CountsFile(NamedTuple):
 
     Attributes:
         counts: table name -> int64 CPU tensor [num_embeddings].
-        steps: the number of optimizer steps that the counts stand for; None where unknown.
+        squares: table name -> sum over the past of the mean squares of its rows' gradients, of the
+            tables where it is known.
     """
 
     counts: dict[str, Tensor]
-    steps: int | None
+    squares: dict[str, float]
 
 
 def save_counts(
-    path: str | os.PathLike[str], counts: Mapping[str, Tensor], steps: int | None = None
+    path: str | os.PathLike[str],
+    counts: Mapping[str, Tensor],
+    squares: Mapping[str, float] | None = None,
 ) -> None:
     """Writes counts to a safetensors file: int32 [num_embeddings] for each table.
 
@@ -53,27 +59,34 @@ def save_counts(
 
     >>> counts = torchrec_freq.row_counts(model)  # all ranks  # doctest: +SKIP
     >>> if dist.get_rank() == 0:  # doctest: +SKIP
-    ...     torchrec_freq.save_counts("counts.safetensors", counts, steps=10_000)
+    ...     torchrec_freq.save_counts("counts.safetensors", counts)
     >>> dist.barrier()  # doctest: +SKIP
 
     Args:
         counts: table name -> [num_embeddings] whole numbers from 0 to
             ``torchrec_freq.COUNT_CEILING``, of any dtype, on any device. Contiguous int32 tensors
             on the CPU are written as they are, others copied (4 bytes a row).
-        steps: the number of optimizer steps that the counts stand for, at least 1.
+        squares: table name -> sum over the past of the mean squares of its rows' gradients, finite
+            and at least 0, for some or all of the tables.
 
     Raises:
         ValueError: no table, a name that the format cannot hold, counts that are not whole
-            numbers in range, wrong steps; the message names the table. Nothing is written.
+            numbers in range, wrong squares; the message names the table. Nothing is written.
         OSError: the file cannot be written, or ``path`` is a folder, pipe or device.
     """
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"Invalid steps value: {steps!r}. Must be a whole number >= 1, or None.")
+    squares = squares or {}
+    for name, value in squares.items():
+        if name not in counts:
+            raise ValueError(f"Table {name!r} has squares but no counts: give both.")
+        if not _is_square(value):
+            raise ValueError(
+                f"Invalid squares of table {name!r}: {value!r}. Must be a finite number >= 0."
+            )
     if not counts:
         raise ValueError("No counts to save: give at least one table.")
     metadata = {"format": _FORMAT, "version": _VERSION}
-    if steps is not None:
-        metadata["steps"] = str(steps)
+    if squares:
+        metadata["squares"] = json.dumps({name: float(squares[name]) for name in squares})
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, counts_R in counts.items():
@@ -84,7 +97,7 @@ def save_counts(
         storages.add(tensor_R.untyped_storage().data_ptr())
         tensors[name] = tensor_R
     checksums = {
-        name: _checksum(counts_R, _checksum_of_header(name, len(counts_R), steps))
+        name: _checksum(counts_R, _checksum_of_header(name, len(counts_R), squares.get(name)))
         for name, counts_R in tensors.items()
     }
     metadata["crc32"] = json.dumps(checksums)
@@ -118,7 +131,7 @@ def load_counts(path: str | os.PathLike[str]) -> CountsFile:
         for block_R in reader.blocks(name, _BLOCK_ROWS):
             counts[name][first : first + len(block_R)] = block_R
             first += len(block_R)
-    return CountsFile(counts, reader.steps)
+    return CountsFile(counts, reader.squares)
 
 
 class CountsReader:
@@ -126,7 +139,7 @@ class CountsReader:
 
     Attributes:
         rows: table name -> number of rows.
-        steps: that the counts stand for; None where unknown.
+        squares: of the tables where they are known.
 
     Raises:
         ValueError, OSError: as of :func:`load_counts`; from :meth:`blocks`, too.
@@ -143,10 +156,16 @@ class CountsReader:
         self._name = f"/dev/fd/{descriptor}"
         with self._open() as file:
             metadata = file.metadata() or {}
-            self.steps = _check_metadata(self._path, metadata)
+            _check_metadata(self._path, metadata)
             names = file.keys()
             self.rows = {name: self._rows_of(file, name) for name in names}
-        self._checksums = _checksums(self._path, metadata, self.rows)
+        self.squares: dict[str, float] = self._by_table(metadata, "squares") or {}
+        if not all(name in self.rows and _is_square(x) for name, x in self.squares.items()):
+            raise ValueError(f"{self._path} is damaged: its squares are {self.squares}.")
+        self._checksums = self._by_table(metadata, "crc32")
+        unchecked = metadata["version"] == "1" and self._checksums is None
+        if not unchecked and (self._checksums or {}).keys() != self.rows.keys():
+            raise ValueError(f"{path} is damaged: its checksums are not those of its tables.")
 
     def blocks(self, name: str, block_rows: int) -> Iterator[Tensor]:
         """A table's counts, ``block_rows`` rows after another.
@@ -156,7 +175,7 @@ class CountsReader:
             compared after the last one.
         """
         rows = self.rows[name]
-        checksum = _checksum_of_header(name, rows, self.steps)
+        checksum = _checksum_of_header(name, rows, self.squares.get(name))
         for start in range(0, rows, block_rows):
             # Opened anew for each block, or what has been read stays mapped.
             with self._open() as file:
@@ -188,6 +207,15 @@ class CountsReader:
                 "write it with torchrec_freq.save_counts."
             ) from error
 
+    def _by_table(self, metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
+        """A JSON object in the metadata; None where there is none."""
+        if key not in metadata:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(metadata[key]), dict):
+                return found
+        raise ValueError(f"{self._path} is damaged: its {key} are no JSON object.")
+
     def _rows_of(self, file: Any, name: str) -> int:
         """Rows of a table, whose type and shape are checked."""
         stored = file.get_slice(name)
@@ -209,48 +237,30 @@ def _storable(name: str, counts_R: Tensor) -> Tensor:
     return counts_R.detach().to("cpu", torch.int32).contiguous()
 
 
-def _check_metadata(path: Path, metadata: Mapping[str, str]) -> int | None:
-    """The steps in the metadata of a file of counts."""
+def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuses other files, and those of a later version."""
     if metadata.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is a safetensors file, but not one of counts: its format is "
             f"{metadata.get('format')!r} instead of {_FORMAT!r}. Counts are written by "
             "torchrec_freq.save_counts and python -m torchrec_freq count."
         )
-    if metadata.get("version") != _VERSION:
+    if metadata.get("version") not in _READABLE:
         raise ValueError(
             f"{path} holds counts in version {metadata.get('version')!r} of the format; this "
-            f"torchrec_freq reads version {_VERSION!r}. Upgrade torchrec_freq."
+            f"torchrec_freq reads up to {_VERSION!r}. Upgrade torchrec_freq."
         )
-    steps = metadata.get("steps")
-    if steps is None:
-        return None
-    # Python has no number of more digits either.
-    if not (steps.isascii() and steps.isdecimal() and len(steps) < 20 and int(steps) >= 1):
-        shown = steps if len(steps) < 50 else f"{steps[:20]}... ({len(steps)} characters)"
-        raise ValueError(f"{path}: steps must be a whole number from 1 to 10^19; got {shown!r}.")
-    return int(steps)
 
 
-def _checksums(
-    path: Path, metadata: Mapping[str, str], rows: Mapping[str, int]
-) -> dict[str, int] | None:
-    """By table; None in a file that another tool has written."""
-    text = metadata.get("crc32")
-    if text is None:
-        return None
-    try:
-        checksums = json.loads(text)
-    except (ValueError, RecursionError):
-        checksums = None
-    if not isinstance(checksums, dict) or checksums.keys() != rows.keys():
-        raise ValueError(f"{path} is damaged: its checksums are not those of its tables.")
-    return checksums
+def _is_square(value: Any) -> bool:
+    """Whether this is a number that a float64 holds, at least 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= sys.float_info.max
 
 
-def _checksum_of_header(name: str, rows: int, steps: int | None) -> int:
+def _checksum_of_header(name: str, rows: int, square: float | None) -> int:
     """CRC-32 of what a file says of a table besides the counts."""
-    return zlib.crc32(json.dumps([name, rows, steps]).encode())
+    return zlib.crc32(json.dumps([name, rows, None if square is None else float(square)]).encode())
 
 
 def _checksum(counts_R: Tensor, start: int) -> int:

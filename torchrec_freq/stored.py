@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -40,6 +40,7 @@ class StoredTable:
         name: as :func:`torchrec_freq.row_counts` gives it.
         rows: number of rows.
         totals: float64 [4], see :mod:`torchrec_freq.state`; None where unknown.
+        squares: of a file of counts that has them, from which :meth:`counted` makes totals.
         blocks: reads the counts: first row of a block, and its counts.
     """
 
@@ -47,6 +48,14 @@ class StoredTable:
     rows: int
     totals: Tensor | None
     blocks: Callable[[], Iterator[tuple[int, Tensor]]]
+    squares: float | None = None
+
+    def counted(self, lookups: float) -> StoredTable:
+        """This table, once the sum of its counts is known."""
+        if not self.squares or not lookups:
+            return self
+        totals = torch.tensor([STATE_FORMAT, self.squares, lookups, lookups], dtype=torch.float64)
+        return replace(self, totals=totals)
 
 
 def open_stored(path: Path) -> list[StoredTable]:
@@ -70,7 +79,7 @@ def open_stored(path: Path) -> list[StoredTable]:
         raise FileNotFoundError(f"{path}: no such file or folder.")
     file = CountsReader(path)
     return [
-        StoredTable(name, rows, None, partial(_file_blocks, file, name))
+        StoredTable(name, rows, None, partial(_file_blocks, file, name), file.squares.get(name))
         for name, rows in file.rows.items()
     ]
 
@@ -114,7 +123,7 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
             StoredTable(
                 name=name,
                 rows=stored[stem + suffix].size[0],  # type: ignore[union-attr]
-                totals=totals if totals[0] == STATE_FORMAT and totals[3] > 0 else None,
+                totals=totals if totals[0] == STATE_FORMAT and min(totals[2:]) > 0 else None,
                 blocks=partial(_checkpoint_blocks, folder, stem + suffix, name, chunks),
             )
         )

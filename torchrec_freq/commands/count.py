@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrec_freq.commands.arguments import whole_number, whole_numbers
+from torchrec_freq.commands.arguments import whole_numbers
 from torchrec_freq.commands.terminal import visible
 from torchrec_freq.engine.counters import COUNT_CEILING, count_occurrences_
 from torchrec_freq.files import save_counts
@@ -111,13 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "TorchRec's DLRM examples, {column} for Parquet)",
     )
     parser.add_argument(
-        "--batch-size",
-        type=whole_number,
-        metavar="SAMPLES",
-        help="samples in a step of training, over all ranks: steps = samples // SAMPLES is stored "
-        "with the counts (default: no steps; give them to load_row_counts)",
-    )
-    parser.add_argument(
         "--modulo",
         action="store_true",
         help="take ids modulo the table's rows, as TorchRec's Criteo reader does with hashes "
@@ -159,13 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
                 bar.update(block.samples)
             if start != file.samples:
                 raise ValueError(f"{file.path}: ends after {start} of {file.samples} samples.")
-    batch_size: int | None = arguments.batch_size
-    steps = None if batch_size is None else max(samples // batch_size, 1)
-    save_counts(output, tally.counts(), steps)
-    print(
-        f"{visible(str(output))}: {len(rows)} tables, {samples:,} samples, {tally.ids:,} ids"
-        + ("" if steps is None else f", {steps:,} steps")
-    )
+    save_counts(output, tally.counts())
+    print(f"{visible(str(output))}: {len(rows)} tables, {samples:,} samples, {tally.ids:,} ids")
 
 
 class _Tally:

@@ -245,7 +245,7 @@ def text_tables(reports: Sequence[TableReport], settings: Settings) -> list[Text
             "Learning rates",
             "Quantiles of the counts of the rows that were seen, and the rate of a row with such a "
             f"count and an average gradient, for {_options(settings.config)}. "
-            "s: root mean square of the gradient of an occurrence, which a file of counts does not "
+            "s: root mean square of the gradient of an occurrence, which a file of counts may not "
             "have.",
             ["table", "s"]
             + [f"count {name}" for name in QUANTILES]
@@ -395,6 +395,7 @@ def run(arguments: argparse.Namespace) -> None:
             for first, counts_R in table.blocks():
                 traffic += TableTraffic.of(counts_R, first, table.rows, table=table.name)
                 bar.update(len(counts_R))
+            table = table.counted(traffic.histogram.lookups)
             reports.append(describe(table, traffic, source, settings))
             if page is not None:
                 plots.append(page.plot(reports[-1], table, traffic.histogram, settings))
