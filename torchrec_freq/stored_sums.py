@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from torchrec_freq.adagrad import check_sums
-from torchrec_freq.stored import load_part, read_metadata, require_stored, table_names
+from torchrec_freq.stored import load_part, natural, read_metadata, saved_parts, table_names
 
 _MOMENTUM: Final = ".momentum1"
 
@@ -118,7 +119,7 @@ def _weight(folder: Path, stem: str, name: str, metadata: Metadata) -> TensorSto
     def common(other: str) -> int:
         """Parts of the path that two keys have in common, from the end."""
         pairs = zip(reversed(key.split(".")), reversed(other.split(".")), strict=False)
-        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(key), len(other)))
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     # With the collection's and the table's name.
     found = [other for other in metadata.state_dict_metadata if common(other) >= 3]
@@ -154,9 +155,7 @@ def _parts(
             f"{folder}: {key} has {stored.size[0]} sums, but table {name!r} has {rows} rows in "
             f"{len(widths)} column shards. Weights and sums are not of one run."
         )
-    require_stored(folder, key, metadata)
-    chunks = sorted((c.offsets[0], c.sizes[0]) for c in stored.chunks if c.sizes[0])
     return [
         _Part(offset, offset % rows, size, widths[offset // rows][1] / columns)
-        for offset, size in chunks
+        for offset, size in saved_parts(folder, key, metadata)
     ]

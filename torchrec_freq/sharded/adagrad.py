@@ -167,14 +167,20 @@ def _momentum_parts(model: nn.Module) -> dict[str, _Momentum]:
     names = table_names([f"{key}.{table}" for key, table in tables.items()])
     parts = {}
     for name, (key, table) in zip(names, tables.items(), strict=True):
-        rows = weights[key].size()[0]
+        rows = _size(weights[key])[0]
         if not _local_parts(weights[key]):
             parts[name] = _Momentum(rows, [])
             continue
         state = states.get(key, {}).get(f"{table}.{MOMENTUM}")
-        row_wise = state is not None and len(state.size()) == 1
+        row_wise = state is not None and len(_size(state)) == 1
         parts[name] = _Momentum(rows, _local_parts(state) if row_wise else None)
     return parts
+
+
+def _size(value: Any) -> torch.Size:
+    """Of a whole tensor, without TorchRec's warning about its type."""
+    size: torch.Size = value.shape if isinstance(value, DTensor) else value.metadata().size
+    return size
 
 
 def _local_parts(value: Any) -> list[tuple[int, Tensor]]:
@@ -188,14 +194,14 @@ def _local_parts(value: Any) -> list[tuple[int, Tensor]]:
     return [(shard.metadata.shard_offsets[0], shard.tensor) for shard in value.local_shards()]
 
 
-def _scaled_tables(
-    model: nn.Module, names: Any
-) -> dict[str, tuple[FrequencyTables, Table]]:
+def _scaled_tables(model: nn.Module, names: Any) -> dict[str, tuple[FrequencyTables, Table]]:
     """The model's tables, of which those named are known and have their rates from squares."""
     tables = named_tables(model)
     for name in names:
         if name not in tables:
-            raise ValueError(f"No table {name!r} trains with FrequencySGD. Tables: {_list(tables)}.")
+            raise ValueError(
+                f"No table {name!r} trains with FrequencySGD. Tables: {_list(tables)}."
+            )
         if tables[name][1].config.normalize is None:
             raise ValueError(
                 f"Table {name!r} trains with normalize=None: its rates do not come from squared "
@@ -207,9 +213,7 @@ def _scaled_tables(
 def _check(name: str, sums_R: Tensor, rows: int) -> None:
     check_sums(name, sums_R)
     if len(sums_R) != rows:
-        raise ValueError(
-            f"Table {name!r} has {rows} rows; got sums of shape {list(sums_R.shape)}."
-        )
+        raise ValueError(f"Table {name!r} has {rows} rows; got sums of shape {list(sums_R.shape)}.")
 
 
 def _list(names: Mapping[str, object]) -> str:
