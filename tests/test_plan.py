@@ -215,6 +215,10 @@ def test_command(spec_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         abs=1e-6,  # the shops are on every rank
     )
 
+    # A plan after that prints none.
+    assert main(["plan", str(spec_file), "--optimizer", "SGD"]) == 0
+    assert "Planner Statistics" not in capsys.readouterr().out
+
     save_counts(counts, {"user": torch.ones(5, dtype=torch.int32)})
     assert main(command) == 2
     error = capsys.readouterr().err

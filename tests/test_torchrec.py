@@ -58,6 +58,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from torchrec_freq import FrequencySGD, row_counts
 from torchrec_freq.sharded.install import frequency_modules
+from torchrec_freq.sharded.kernels import our_kernels
 
 DLRM_TABLES = [t for t in TABLES if t.columns == 16]
 
@@ -290,6 +291,9 @@ def test_delta_tracking_sees_counts() -> None:
     assert states or not list(frequency_modules(pair.model))[0][1].shards
     for name, state in states.items():
         assert torch.equal(state.long(), counts[name])
+    for kernel in our_kernels(pair.model.module._lookups):
+        with pytest.raises(ValueError, match=r"EMBEDDING.*ROWWISE_ADAGRAD"):
+            tracker.record_momentum(kernel, None)
 
 
 @on_ranks(2)

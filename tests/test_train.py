@@ -729,7 +729,7 @@ def test_variants_train(reference: Path, tmp_path: Path) -> None:
         bytes_per_row[name] = summary["optimizer_bytes_per_row"]
         losses[name] = summary["train_loss"]
     assert all(math.isfinite(loss) for loss in losses.values())
-    assert len({round(loss, 6) for loss in losses.values()}) == len(losses)
+    assert len(set(losses.values())) == len(losses)
     # A little more with FrequencySGD: data-parallel tables have counters on both ranks.
     assert bytes_per_row == pytest.approx(
         dict.fromkeys(variants, 4) | {"SGD": 0, "Adagrad": 4 * 8}, rel=0.02

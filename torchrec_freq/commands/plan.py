@@ -9,11 +9,12 @@ Nothing is allocated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -500,20 +501,32 @@ def run(arguments: argparse.Namespace) -> None:
     counts = None if arguments.counts is None else _read_counts(arguments.counts, spec)
     # TorchRec warns of each data-parallel table that it has no sharding spec.
     logging.getLogger().setLevel(logging.ERROR)
-    if arguments.report:
-        reports = logging.getLogger("torchrec.distributed.planner.stats")
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(VisibleFormatter())
-        reports.addHandler(handler)
-        reports.setLevel(logging.INFO)
-    results = [
-        plan(spec, optimizer, counts, arguments.timeout)
-        for optimizer in tqdm(arguments.optimizer, desc="plan", unit=" optimizers", disable=None)
-    ]
+    with _reports() if arguments.report else contextlib.nullcontext():
+        results = [
+            plan(spec, optimizer, counts, arguments.timeout)
+            for optimizer in tqdm(
+                arguments.optimizer, desc="plan", unit=" optimizers", disable=None
+            )
+        ]
     print(table(spec, results))
     if arguments.json is not None:
         text = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
         write_text(arguments.json, text + "\n")
+
+
+@contextlib.contextmanager
+def _reports() -> Iterator[None]:
+    """TorchRec's reports go to the output."""
+    logger = logging.getLogger("torchrec.distributed.planner.stats")
+    level, handler = logger.level, logging.StreamHandler(sys.stdout)
+    handler.setFormatter(VisibleFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _read_counts(path: Path, spec: Spec) -> dict[str, TableTraffic]:

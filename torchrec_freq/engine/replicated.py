@@ -19,8 +19,8 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import count_occurrences_, counted
+from torchrec_freq.engine.counting import NOT_COMPILED, CountingTBE
 from torchrec_freq.engine.lookups import Batch
-from torchrec_freq.engine.tbe import NOT_COMPILED, CountingTBE
 from torchrec_freq.rule import entering_squares, row_multiplier
 
 
@@ -128,6 +128,12 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             if work is not None:
                 work.wait()
             occurrences_R += part_R
+        with self._turn:
+            self._apply_all(gradient, occurrences_R)
+            for _ in backwards:
+                self.totals.end_backward(self._aged)
+
+    def _apply_all(self, gradient: Tensor, occurrences_R: Tensor) -> None:
         config = self.frequency
         per_count_T, limit_T = self.totals.rates()
         after_R = counted(config.count, self._counts, self._counts + occurrences_R)
@@ -151,8 +157,6 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             slot = self._slot_F.narrow(0, self.layout.feature_table_map.index(table), 1)
             self.totals.add(slot, *(total.view(1) for total in sums), replicated=True)
         self._counts += added_R
-        for _ in backwards:
-            self.totals.end_backward(self._aged)
 
 
 def average_and_apply(
