@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import count_occurrences_, halve_
-from torchrec_freq.engine.lookups import Layout, Lookups
+from torchrec_freq.engine.lookups import Batch, Layout, Lookups
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 from torchrec_freq.engine.turn import Turn
 from torchrec_freq.rule import entering_squares
@@ -140,28 +139,40 @@ class CountingTBE:
     def _close_loan(self) -> None:
         """Brings back the counts that a failed kernel has left lent."""
 
-    def _begin_forward(self) -> None:
-        """Starts a step, where a gradient is recorded and nobody else does."""
+    @torch.compiler.disable(reason=NOT_COMPILED)
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As FBGEMM's; where a gradient is recorded, its backward counts and updates."""
         if torch.is_grad_enabled() and self._owns_totals:
             self.totals.advance()
             if self.frequency.count == "frozen":
                 for table, count in enumerate(self.totals.values.select(1, 2).tolist()):
                     require_counts(self.frequency, str(table), count)
-
-    @contextlib.contextmanager
-    def _pooled_by_weights(self, offsets: Tensor, weights_L: Tensor | None) -> Iterator[Any]:
-        """The weights to hand to the stock forward, and its pooling mode while it runs.
-
-        FBGEMM's CPU backward ignores 1/length where weights are given, so there the weights pool.
-        """
-        pooling = self.pooling_mode
+        weights_L, pooling = per_sample_weights, self.pooling_mode
         if weights_L is not None and not weights_L.is_cuda and pooling == PoolingMode.MEAN:
+            # FBGEMM's CPU backward ignores 1/length where weights are given: they do the pooling.
             weights_L = mean_pooling_weights(offsets, weights_L)
             self.pooling_mode = PoolingMode.SUM
         try:
-            yield weights_L
+            output: Tensor = super().forward(  # type: ignore[misc]
+                indices, offsets, weights_L, *args, **kwargs
+            )
         finally:
             self.pooling_mode = pooling
+        if output.grad_fn is not None:
+            weights_L = None if weights_L is None else weights_L.detach()
+            self._watch(output.grad_fn, Batch(indices, offsets, weights_L))
+        return output
+
+    def _watch(self, node: Any, batch: Batch) -> None:
+        """Hooks what a backward has to do onto the autograd node of a forward."""
+        raise NotImplementedError
 
     def _on_step(self, untouched_S: Tensor | None, due: Sequence[int]) -> None:
         """Counts what had a gradient in other columns alone, and ages; see ``TableTotals``."""

@@ -10,6 +10,8 @@ The update costs a pass over the table's rows, as the averaging of the dense gra
 
 # No postponed annotations: DDP compares those of its communication hook with the types themselves.
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import count_occurrences_, counted
-from torchrec_freq.engine.counting import NOT_COMPILED, CountingTBE
+from torchrec_freq.engine.counting import CountingTBE
 from torchrec_freq.engine.lookups import Batch
 from torchrec_freq.rule import entering_squares, row_multiplier
 
@@ -78,31 +80,9 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
         self._bag_starts_F = metadata.B_offsets
         return metadata
 
-    @torch.compiler.disable(reason=NOT_COMPILED)
-    def forward(
-        self,
-        indices: Tensor,
-        offsets: Tensor,
-        per_sample_weights: Tensor | None = None,
-        feature_requires_grad: Tensor | None = None,
-        batch_size_per_feature_per_rank: list[list[int]] | None = None,
-    ) -> Tensor:
-        """As the stock forward; where a gradient is recorded, its backward counts."""
-        self._begin_forward()
-        with self._pooled_by_weights(offsets, per_sample_weights) as weights_L:
-            output: Tensor = super().forward(
-                indices,
-                offsets,
-                weights_L,
-                feature_requires_grad,
-                batch_size_per_feature_per_rank,
-            )
-        node = output.grad_fn
-        if node is not None:
-            weights_L = None if weights_L is None else weights_L.detach()
-            batch = Batch(indices, offsets, weights_L, self._bag_starts_F)
-            node.register_prehook(lambda grads: self._count(batch, grads[0]))
-        return output
+    def _watch(self, node: Any, batch: Batch) -> None:
+        batch.bag_starts_F = self._bag_starts_F
+        node.register_prehook(lambda grads: self._count(batch, grads[0]))
 
     @torch.no_grad()
     def _count(self, batch: Batch, grad: Tensor | None) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import count_occurrences_, counted
-from torchrec_freq.engine.counting import NOT_COMPILED, CountingTBE, Loan
+from torchrec_freq.engine.counting import CountingTBE, Loan
 from torchrec_freq.engine.lookups import Batch
 from torchrec_freq.rule import kernel_factor, lent_squares
 
@@ -91,35 +91,12 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         """int32 [rows of all tables]: the memory of the kernel's sums of squares."""
         return self._momentum.view(torch.int32)
 
-    @torch.compiler.disable(reason=NOT_COMPILED)
-    def forward(
-        self,
-        indices: Tensor,
-        offsets: Tensor,
-        per_sample_weights: Tensor | None = None,
-        feature_requires_grad: Tensor | None = None,
-        batch_size_per_feature_per_rank: list[list[int]] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As the stock forward; where a gradient is recorded, its backward counts and updates."""
-        self._begin_forward()
-        with self._pooled_by_weights(offsets, per_sample_weights) as weights_L:
-            output: Tensor = super().forward(
-                indices,
-                offsets,
-                weights_L,
-                feature_requires_grad,
-                batch_size_per_feature_per_rank,
-                **kwargs,
-            )
-        node = output.grad_fn
-        if node is not None:
-            # Bounds-checked by the stock forward, and overwritten by the next one.
-            weights_L = None if weights_L is None else weights_L.detach()
-            batch = Batch(self._indices, self._offsets, weights_L, self._vbe_B_offsets)
-            node.register_prehook(lambda grads: self._lend(batch, grads[0]))
-            node.register_hook(lambda *_: self._settle())
-        return output
+    def _watch(self, node: Any, batch: Batch) -> None:
+        # Bounds-checked by the stock forward, and overwritten by the next one.
+        batch.indices, batch.offsets = self._indices, self._offsets
+        batch.bag_starts_F = self._vbe_B_offsets
+        node.register_prehook(lambda grads: self._lend(batch, grads[0]))
+        node.register_hook(lambda *_: self._settle())
 
     @torch.no_grad()
     def _lend(self, batch: Batch, grad: Tensor | None) -> None:
