@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,15 +20,9 @@ from torchrec_freq.dcp_metadata import Reader
 from torchrec_freq.engine.counters import COUNT_CEILING, check_counts
 from torchrec_freq.files import CountsReader
 from torchrec_freq.sharded.row_state import RowShard, RowState
-from torchrec_freq.state import ROW_COUNTER, STATE_FORMAT, TABLE_TOTALS, TOTALS
+from torchrec_freq.state import ROW_COUNTER, STATE_FORMAT, TABLE_TOTALS, TOTALS, table_names
 
 _BLOCK_ROWS: Final = 1 << 22
-
-# Of a sharded collection: what the user called the optimizer, the collection's path, the table.
-_SHARDED: Final = re.compile(
-    r"(?:(?:.*\.)?state\.)?(?:(?P<path>.+)\.)?embedding(?:_bag)?s\.(?P<table>.+)\.weight\.(?P=table)",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -146,23 +139,6 @@ def natural(name: str) -> list[tuple[int, str]]:
     numbers = [part.lstrip("0") for part in parts[1::2]]
     parts[1::2] = numbers
     return [(len(part) if index % 2 else 0, part) for index, part in enumerate(parts)]
-
-
-def table_names(stems: list[str]) -> list[str]:
-    """A table's name, with the path of its collection where two have one of that name.
-
-    Args:
-        stems: keys of the tables' states, as ``"ebc.embedding_bags.item.weight.item"``.
-    """
-    forms = []
-    for stem in stems:
-        match = _SHARDED.fullmatch(stem)
-        table = match["table"] if match else stem
-        forms.append(
-            (table, f"{match['path']}.{table}" if match and match["path"] else table, stem)
-        )
-    uses = [Counter(level) for level in zip(*forms, strict=True)]
-    return [next(f for f, use in zip(form, uses, strict=True) if use[f] == 1) for form in forms]
 
 
 def _chunks(folder: Path, key: str, metadata: Metadata) -> list[tuple[int, int]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from torchrec_freq.adagrad import check_sums
-from torchrec_freq.stored import load_part, natural, read_metadata, saved_parts, table_names
+from torchrec_freq.state import table_names
+from torchrec_freq.stored import load_part, natural, read_metadata, saved_parts
 
 _MOMENTUM: Final = ".momentum1"
 
