@@ -243,6 +243,19 @@ def test_there_and_back(layout: tuple[int, int]) -> None:
     run_on_ranks(ranks, check_there_and_back, {"kinds": fused(LAYOUTS[layout])}, hosts=hosts)
 
 
+@on_ranks(2)
+def test_states_that_are_dtensors() -> None:
+    collection, sums = make_collection(TABLES), random_sums()
+    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": LR})
+    plan = make_plan("column_wise", TABLES, 2)
+    model = shard(collection, plan, EmbeddingBagCollectionSharder(), {}, dtensor=True)
+    torchrec_freq.load_momentum(model, sums)
+    for name, sums_R in sums.items():
+        state = model.fused_optimizer.state_dict()["state"][f"embedding_bags.{name}.weight"]
+        (part_R,) = state[f"{name}.momentum1"].to_local().local_shards()
+        assert torch.equal(part_R, sums_R)
+
+
 WRONG: dict[str, tuple[dict[str, Tensor], dict[str, float] | None, str]] = {
     "unknown table": ({"z": torch.zeros(3)}, None, "'z'.*a, b, c"),
     "too short": ({"a": torch.ones(3)}, None, r"'a' has 12 rows.*\[3\]"),
