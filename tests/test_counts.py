@@ -25,7 +25,7 @@ def seed(table: ReferenceTable, counts: torch.Tensor, squares: float | None = No
     table.counts.update(dict(enumerate(counts.tolist())))
     table.total, table.age = float(counts.sum()), 0
     if squares is not None:
-        table.squares, table.occurrences = squares, table.total
+        table.squares, table.occurrences = squares, float(counts.count_nonzero())
 
 
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])

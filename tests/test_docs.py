@@ -178,6 +178,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "takes ten seconds; tests/test_bench.py runs it on a small shape",
         program,
     ),
+    r"python -m examples\.switch .*": (
+        "takes some minutes; tests/test_switch.py does a few steps",
+        program,
+    ),
     r"python -m pytest tests/\w+\.py": (
         "runs tests that run anyway",
         lambda command: require(ROOT / command.split()[-1]),

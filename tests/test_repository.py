@@ -59,14 +59,14 @@ def test_a_bug_report_asks_for_the_doctor() -> None:
 LAYERS = (
     ("_versions", "output", "dcp_metadata"),
     ("config",),
-    ("rule", "engine.counters"),
+    ("rule", "engine.counters", "adagrad"),
     ("state",),
     ("engine",),
     ("optimizer",),
     ("sharded.row_state", "sharded.tables"),
     ("sharded",),
     ("files", "traffic"),
-    ("stored", "monitor", "planner"),
+    ("stored", "stored_sums", "monitor", "planner"),
     ("",),  # the package itself
     ("commands",),
     ("__main__",),

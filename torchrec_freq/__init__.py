@@ -29,6 +29,7 @@ from torchrec_freq.engine.counters import COUNT_CEILING
 from torchrec_freq.files import CountsFile, load_counts, save_counts
 from torchrec_freq.monitor import TrainingMonitor
 from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.sharded.adagrad import adagrad_sums, load_adagrad_sums, load_momentum
 from torchrec_freq.sharded.counts import load_row_counts, row_counts
 from torchrec_freq.sharded.install import install
 from torchrec_freq.sharded.opt_in import fused_params
@@ -42,8 +43,11 @@ __all__ = [
     "FrequencyConfig",
     "FrequencySGD",
     "TrainingMonitor",
+    "adagrad_sums",
     "fused_params",
+    "load_adagrad_sums",
     "load_counts",
+    "load_momentum",
     "load_row_counts",
     "row_counts",
     "save_counts",

@@ -9,10 +9,16 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq.commands import count, doctor, plan, report
+from torchrec_freq.commands import count, doctor, from_adagrad, plan, report
 from torchrec_freq.commands.terminal import visible
 
-COMMANDS: Final = {"count": count, "doctor": doctor, "plan": plan, "report": report}
+COMMANDS: Final = {
+    "count": count,
+    "doctor": doctor,
+    "from-adagrad": from_adagrad,
+    "plan": plan,
+    "report": report,
+}
 """Modules with a ``HELP`` line, ``add_arguments(parser)``, and ``run(arguments)``, which may return
 an exit status."""
 

@@ -1,8 +1,10 @@
-"""The form of the state that checkpoints hold for each table: keys, format, and its check."""
+"""The form of the state that checkpoints hold for each table: keys, names, format, its check."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -21,6 +23,29 @@ ROW_COUNTER_AGE: Final = "row_counter_age"
 
 STATE_FORMAT: Final = 2
 TOTALS: Final = 4
+
+# Of a sharded collection: what the user called the optimizer, the collection's path, the table.
+_SHARDED: Final = re.compile(
+    r"(?:(?:.*\.)?state\.)?(?:(?P<path>.+)\.)?embedding(?:_bag)?s\.(?P<table>.+)\.weight\.(?P=table)",
+    re.DOTALL,
+)
+
+
+def table_names(stems: Sequence[str]) -> list[str]:
+    """A table's name, with the path of its collection where two have one of that name.
+
+    Args:
+        stems: keys of the tables' states, as ``"ebc.embedding_bags.item.weight.item"``.
+    """
+    forms = []
+    for stem in stems:
+        match = _SHARDED.fullmatch(stem)
+        table = match["table"] if match else stem
+        forms.append(
+            (table, f"{match['path']}.{table}" if match and match["path"] else table, stem)
+        )
+    uses = [Counter(level) for level in zip(*forms, strict=True)]
+    return [next(f for f, use in zip(form, uses, strict=True) if use[f] == 1) for form in forms]
 
 
 def check_state(table: str, states: Mapping[str, Any], rows: int) -> None:

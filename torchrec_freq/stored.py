@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,15 +20,9 @@ from torchrec_freq.dcp_metadata import Reader
 from torchrec_freq.engine.counters import COUNT_CEILING, check_counts
 from torchrec_freq.files import CountsReader
 from torchrec_freq.sharded.row_state import RowShard, RowState
-from torchrec_freq.state import ROW_COUNTER, STATE_FORMAT, TABLE_TOTALS, TOTALS
+from torchrec_freq.state import ROW_COUNTER, STATE_FORMAT, TABLE_TOTALS, TOTALS, table_names
 
 _BLOCK_ROWS: Final = 1 << 22
-
-# Of a sharded collection: what the user called the optimizer, the collection's path, the table.
-_SHARDED: Final = re.compile(
-    r"(?:(?:.*\.)?state\.)?(?:(?P<path>.+)\.)?embedding(?:_bag)?s\.(?P<table>.+)\.weight\.(?P=table)",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ def open_stored(path: Path) -> list[StoredTable]:
     """
     if path.is_dir():
         # In the order of their names, whatever plan saved them: cat_2 before cat_10.
-        return sorted(_open_checkpoint(path), key=lambda table: _natural(table.name))
+        return sorted(_open_checkpoint(path), key=lambda table: natural(table.name))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
     file = CountsReader(path)
@@ -91,7 +84,13 @@ def _file_blocks(file: CountsReader, name: str) -> Iterator[tuple[int, Tensor]]:
         first += len(counts_R)
 
 
-def _open_checkpoint(folder: Path) -> list[StoredTable]:
+def read_metadata(folder: Path) -> Metadata:
+    """What a checkpoint says of its tensors.
+
+    Raises:
+        ValueError: no whole checkpoint, or a damaged one; the message names the folder.
+        OSError: it cannot be read.
+    """
     if not (folder / ".metadata").exists():
         whole = [str(path.parent) for path in sorted(folder.rglob(".metadata"))]
         below = f" Whole ones below it: {', '.join(whole)}." if whole else ""
@@ -99,7 +98,11 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
             f"{folder} is not a whole checkpoint of torch.distributed.checkpoint: it has no "
             f".metadata. Name the folder that was given to save as checkpoint_id.{below}"
         )
-    metadata = Reader(folder).read_metadata()
+    return Reader(folder).read_metadata()
+
+
+def _open_checkpoint(folder: Path) -> list[StoredTable]:
+    metadata = read_metadata(folder)
     stored = metadata.state_dict_metadata
     suffix = f".{ROW_COUNTER}"
     stems = [key.removesuffix(suffix) for key in stored if key.endswith(suffix)]
@@ -110,7 +113,7 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
             '{"optimizer": model.fused_optimizer.state_dict()}.'
         )
     tables = []
-    for stem, name in zip(stems, _names(stems), strict=True):
+    for stem, name in zip(stems, table_names(stems), strict=True):
         chunks = _chunks(folder, stem + suffix, metadata)
         totals = torch.zeros(TOTALS, dtype=torch.float64)
         if f"{stem}.{TABLE_TOTALS}" in stored:  # not in a checkpoint of version 0.1
@@ -130,25 +133,12 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
     return tables
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Key that sorts numbers in names by their value."""
     parts = re.split(r"(\d+)", name)  # every second one is a number
     numbers = [part.lstrip("0") for part in parts[1::2]]
     parts[1::2] = numbers
     return [(len(part) if index % 2 else 0, part) for index, part in enumerate(parts)]
-
-
-def _names(stems: list[str]) -> list[str]:
-    """A table's name, with the path of its collection where two have one of that name."""
-    forms = []
-    for stem in stems:
-        match = _SHARDED.fullmatch(stem)
-        table = match["table"] if match else stem
-        forms.append(
-            (table, f"{match['path']}.{table}" if match and match["path"] else table, stem)
-        )
-    uses = [Counter(level) for level in zip(*forms, strict=True)]
-    return [next(f for f, use in zip(form, uses, strict=True) if use[f] == 1) for form in forms]
 
 
 def _chunks(folder: Path, key: str, metadata: Metadata) -> list[tuple[int, int]]:
@@ -158,10 +148,23 @@ def _chunks(folder: Path, key: str, metadata: Metadata) -> list[tuple[int, int]]
         not isinstance(stored, TensorStorageMetadata)
         or len(stored.size) != 1
         or stored.properties.dtype not in (torch.int32, torch.int64)
-        or any(len(chunk.sizes) != 1 for chunk in stored.chunks)
     ):
         raise ValueError(f"{folder}: {key} is no tensor of counts [num_embeddings]: {stored}.")
-    chunks = sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks)
+    return saved_parts(folder, key, metadata)
+
+
+def saved_parts(folder: Path, key: str, metadata: Metadata) -> list[tuple[int, int]]:
+    """First element and length of each saved part of a tensor of one dimension, in order.
+
+    Raises:
+        ValueError: parts are missing, also in the files; the message names folder and key.
+    """
+    stored = metadata.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata)
+    if any(len(chunk.sizes) != 1 for chunk in stored.chunks):
+        raise ValueError(f"{folder}/.metadata is damaged: {key} has parts of other dimensions.")
+    # Ranks without a row may have saved a part of none.
+    chunks = sorted((c.offsets[0], c.sizes[0]) for c in stored.chunks if c.sizes[0])
     end = 0
     for first, rows in chunks:
         if first != end:
@@ -185,8 +188,7 @@ def _checkpoint_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     for first, rows in chunks:
         counts_R = torch.empty(rows, dtype=torch.int32)
-        total = sum(rows for _, rows in chunks)
-        _load(folder, key, RowState(total, [RowShard(first, True, counts_R)]))
+        load_part(folder, key, sum(rows for _, rows in chunks), first, counts_R)
         # A counter may be above the ceiling until it is clamped.
         counts_R.clamp_(max=COUNT_CEILING)
         try:
@@ -194,6 +196,18 @@ def _checkpoint_blocks(
         except ValueError as error:
             raise ValueError(f"{folder}: {error} The checkpoint is damaged.") from error
         yield first, counts_R
+
+
+def load_part(folder: Path, key: str, size: int, first: int, into: Tensor) -> None:
+    """Reads the elements of a tensor of one dimension from ``first`` on, as many as ``into`` has.
+
+    Args:
+        size: of the whole tensor.
+
+    Raises:
+        ValueError: they cannot be read; the message names folder and key.
+    """
+    _load(folder, key, RowState(size, [RowShard(first, True, into)]))
 
 
 def _load(folder: Path, key: str, into: Tensor) -> None:

@@ -244,6 +244,12 @@ class Settings:
         seed: of the initial weights and the order of the batches.
         log_every: steps from one line of figures to the next. Checkpoints and SIGTERM wait for
             one, as only there the host waits for the device.
+        init_from: checkpoint of another run of the same model (its folder step-N), from whose
+            weights and Adam this run starts, at step 0, until it has a checkpoint of its own.
+        init_counts: what the optimizer of the tables starts from. sums: what that of init_from had
+            learned, row-wise Adagrad's sums or FrequencySGD's counts, so that every row keeps its
+            rate; zero: nothing; else a file of counts for FrequencySGD (python -m torchrec_freq
+            count or from-adagrad).
     """
 
     out: Path = Path("runs/train")
@@ -252,6 +258,8 @@ class Settings:
     max_steps: int | None = None
     seed: int = 0
     log_every: int = 50
+    init_from: Path | None = None
+    init_counts: str = "sums"
     data: Data
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -267,6 +275,16 @@ class Settings:
             raise ValueError(
                 f"planner.sharding: TorchRec does not train data_parallel tables with "
                 f"{self.optimizer.name}. Leave it out, or use FrequencySGD."
+            )
+        name = self.optimizer.name
+        if self.init_counts not in ("sums", "zero") and name != "FrequencySGD":
+            raise ValueError(
+                f"init_counts={self.init_counts}: a file of counts is for FrequencySGD; "
+                f"optimizer.name is {name}. Use sums or zero."
+            )
+        if self.init_from and self.init_counts == "sums" and name in ("SGD", "Adagrad"):
+            raise ValueError(
+                f"init_counts=sums: {name} cannot go on from another optimizer's sums. Use zero."
             )
         if self.optimizer.frequency.count == "frozen" and self.planner.counts is None:
             raise ValueError("optimizer.frequency.count=frozen needs the file planner.counts.")

@@ -19,6 +19,7 @@ from examples.train.evaluate import evaluate, next_outputs
 from examples.train.model import Training, set_rates
 from examples.train.monitor import Monitor
 from examples.train.ranks import Refused
+from examples.train.start import start
 from torchrec_freq import TrainingMonitor
 
 TERMINATED = 128 + signal.SIGTERM
@@ -217,6 +218,7 @@ class Loop:
     def _resume(self) -> None:
         found = self.checkpoints.latest()
         if found is None:
+            start(self.settings, self.training)
             return
         if found.step > self.steps:
             raise ValueError(

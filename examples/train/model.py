@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +24,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from examples.train.config import SHARDING_TYPES, Model, Optimizer, Planner, Settings
+from examples.train.config import SHARDING_TYPES, Model, Optimizer, Settings
 from examples.train.ranks import from_first, together
 from torchrec_freq import CountsFile, FrequencySGD, load_counts, load_row_counts
 from torchrec_freq.planner import FrequencyStats, make_planner
@@ -45,11 +46,13 @@ class Training:
     Attributes:
         optimizer: of the tables and the dense layers.
         dense_optimizer: that part of it which has no state before its first step.
+        tables: of the model, in order.
     """
 
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     dense_optimizer: KeyedOptimizerWrapper
+    tables: list[EmbeddingBagConfig]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint saves and loads; the counters are in the optimizer's."""
@@ -73,8 +76,10 @@ def build(settings: Settings, rows: Sequence[int], device: torch.device) -> Trai
     apply_optimizer_in_backward(
         OPTIMIZERS[settings.optimizer.name], collection.parameters(), options
     )
-    with together():
-        counts = read_counts(settings.planner, tables)
+    file, counts = settings.planner.counts, None
+    if file is not None:
+        with together():
+            counts = read_counts(file, tables)
     sharders = [EmbeddingBagCollectionSharder()]
     plan = make_plan(settings, module, tables, sharders, counts, device)
     model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
@@ -85,7 +90,7 @@ def build(settings: Settings, rows: Sequence[int], device: torch.device) -> Trai
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=settings.optimizer.dense_lr),
     )
-    return Training(model, CombinedOptimizer([model.fused_optimizer, dense]), dense)
+    return Training(model, CombinedOptimizer([model.fused_optimizer, dense]), dense, tables)
 
 
 def set_rates(training: Training, settings: Optimizer, step: int) -> float:
@@ -132,20 +137,18 @@ def make_dlrm(model: Model, collection: EmbeddingBagCollection) -> DLRM:
     return DLRM_DCN(**common, dcn_num_layers=model.dcn_layers, dcn_low_rank_dim=model.dcn_rank)
 
 
-def read_counts(planner: Planner, tables: Sequence[EmbeddingBagConfig]) -> CountsFile | None:
-    """The file of counts, if there is one.
+def read_counts(path: Path, tables: Sequence[EmbeddingBagConfig]) -> CountsFile:
+    """A file of counts of all tables.
 
     Raises:
         ValueError, OSError: the file cannot be read, or is of other tables.
     """
-    if planner.counts is None:
-        return None
-    file = load_counts(planner.counts)
+    file = load_counts(path)
     expected = {table.name: table.num_embeddings for table in tables}
     found = {name: len(counts) for name, counts in file.counts.items()}
     if found != expected:
         raise ValueError(
-            f"{planner.counts} has counts of other tables than the model. Rows by table there: "
+            f"{path} has counts of other tables than the model. Rows by table there: "
             f"{found}; here: {expected}. Count again, with --table-names '{{column}}' and --rows."
         )
     return file

@@ -47,7 +47,9 @@ def load_row_counts(
         counts: table name -> [num_embeddings] whole numbers from 0 to
             ``torchrec_freq.COUNT_CEILING``, of any dtype.
         squares: table name -> sum over the past of the mean squares of its rows' gradients, at
-            least 0, for some or all of the tables; a table that is not named keeps its own.
+            least 0, for some or all of the tables; a table that is not named keeps its own. They
+            are taken for those of at least one occurrence of each row with a count, so the limit
+            of what an occurrence adds (``torchrec_freq.rule.SQUARE_LIMIT``) is not too small.
 
     Raises:
         ValueError: an unknown table, a wrong length, a count that is negative, not whole or too

@@ -178,7 +178,9 @@ class FrequencyTables:
         totals = self.table_totals(name)
         totals[2] = counts_R.sum(dtype=torch.float64)
         if squares is not None:
-            totals[1], totals[3] = squares, totals[2]
+            # How many occurrences they come from is not known: each row with a count had one. The
+            # limit of an occurrence is then too large at first, never too small.
+            totals[1], totals[3] = squares, counts_R.count_nonzero()
         self.age(name).zero_()
 
     def table_totals(self, name: str) -> Tensor:
