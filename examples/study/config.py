@@ -1,10 +1,15 @@
 """What the study consists of: the arms, and the experiments of its quick and its full form."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+
+from examples.study.planted import TASKS
+from torchrec_freq.config import FrequencyConfig
+
+STREAM, AFTER = "predict-then-train", "after the stream"
 
 
 @dataclass(frozen=True)
@@ -14,19 +19,20 @@ class Arm:
     Attributes:
         optimizer: key of `train.OPTIMIZERS`.
         options: its keyword arguments besides lr.
-        warmup: whether lr rises from zero over the first tenth of an epoch.
         start: grid point at which the search for lr begins, see `sweep.lr_at`.
     """
 
     optimizer: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    warmup: bool = False
-    start: int = -2
+    start: int = -4
 
     @property
     def label(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return self.optimizer + f" ({options})" * bool(options) + " + warm-up" * self.warmup
+        options = ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in self.options.items()
+        )
+        return self.optimizer + f" ({options})" * bool(options)
 
 
 @dataclass(frozen=True)
@@ -48,60 +54,104 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms compared on one data set and model, each at every batch size, lr by validation.
+    """Arms compared on one data set and model at one batch size, each at its own best lr.
 
     Attributes:
-        seeds: runs at each lr: of the initial weights and the order of the data.
+        seeds: of the initial weights and of the order of data that are shuffled; the same for all
+            arms, so that their figures are paired.
+        stress: whether lr beyond the best are tried: 3 and 10 times, and row-wise Adagrad's best.
     """
 
     data: str
     model: str
+    batch_size: int
     arms: tuple[Arm, ...]
-    batch_sizes: tuple[int, ...] = (256,)
     epochs: int = 3
     seeds: int = 3
+    stress: bool = True
 
     @property
-    def name(self) -> str:
-        return f"{self.model} on {self.data}"
+    def setting(self) -> str:
+        return f"{self.model}, {self.data}, batch {self.batch_size}"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What its arms are compared by; the first one's best lr is what stress starts from."""
+        if in_time(self.data):
+            return (STREAM, AFTER)
+        return tuple(f"epoch {number}" for number in range(1, self.epochs + 1))
 
 
-RAW: Mapping[str, Any] = {"coherence": 0, "min_count": 1, "normalize": None}
-FREQUENCY = Arm("FrequencySGD")
-PAPER = Arm("FrequencySGD", RAW, start=3)
-FROZEN = Arm("FrequencySGD", {"count": "frozen", **RAW}, start=3)
-BATCHES = Arm("FrequencySGD", {"count": "batches", **RAW}, start=1)
-SGD = Arm("SGD", start=0)
-WARM_SGD = Arm("SGD", warmup=True, start=0)
-ADAGRAD = Arm("Adagrad", start=-3)
-ROWWISE = Arm("RowWiseAdagrad", start=-3)
-ADAM = Arm("Adam", start=-5)
+def in_time(data: str) -> bool:
+    """Whether samples are in the order of time: one pass, predicted before they are trained on."""
+    return TASKS[data].drifts if data in TASKS else "-time" in data
 
 
-MAIN = (FREQUENCY, ROWWISE, ADAGRAD, SGD)
+def weighted(own_weight: float, **options: Any) -> Arm:
+    return Arm("FrequencySGD", {"own_weight": own_weight, **options})
+
+
+OWN_WEIGHTS = (1, 2, 3, 5, 10)
+HALF_LIVES = (25, 50, 100, 200)
+OWN_WEIGHT = FrequencyConfig().own_weight
+FREQUENCY = weighted(OWN_WEIGHT)
+PAPER = Arm("FrequencySGD", {"normalize": None}, start=6)
+FROZEN_PAPER = Arm("FrequencySGD", {"normalize": None, "count": "frozen"}, start=6)
+FROZEN = weighted(OWN_WEIGHT, count="frozen")
+BATCHES = weighted(OWN_WEIGHT, count="batches")
+ROWWISE = Arm("RowWiseAdagrad", start=-6)
+CLIPPED = Arm("ClippedRowWiseAdagrad", {"own_weight": OWN_WEIGHT})
+ADAGRAD = Arm("Adagrad", start=-6)
+SGD = Arm("SGD", start=2)
+ADAM = Arm("Adam", start=-10)
+
+MAIN = (FREQUENCY, ROWWISE)
 # FBGEMM has Adam on CUDA only.
-_ALL = (*MAIN, WARM_SGD, PAPER, FROZEN, BATCHES, *((ADAM,) if torch.cuda.is_available() else ()))
-_RULES = tuple(
-    Arm("FrequencySGD", option)
-    for option in ({"min_count": 1}, {"coherence": 0}, {"coherence": 0.2})
-)
-_DRIFT = (FREQUENCY, Arm("FrequencySGD", {"half_life": 50}), ROWWISE)
+OTHERS = (CLIPPED, ADAGRAD, SGD, *((ADAM,) if torch.cuda.is_available() else ()))
+CANDIDATES = tuple(map(weighted, OWN_WEIGHTS))
+SPREAD = tuple(map(weighted, (1, OWN_WEIGHT, 10, 30)))
+AGEING = tuple(weighted(OWN_WEIGHT, half_life=steps) for steps in HALF_LIVES)
 
-QUICK = (
-    Experiment("ml-100k", "FM", MAIN, (256, 1024, 4096)),
-    Experiment("zipf", "DLRM", MAIN, epochs=2),
+# These settle own_weight, by the rule in `verdict`; all else judges.
+CHOOSING = (
+    *(
+        Experiment(f"ml-100k-time{features}", model, batch_size, (*CANDIDATES, ROWWISE), 1, 5)
+        for model in ("FM", "DLRM")
+        for features in ("", "-ids")
+        for batch_size in (256, 1024)
+    ),
+    *(
+        Experiment("ml-100k", "FM", batch_size, (*CANDIDATES, ROWWISE))
+        for batch_size in (256, 1024, 4096)
+    ),
 )
-FULL = (
-    *QUICK,
-    Experiment("ml-100k", "FM", _ALL),
-    Experiment("popularity-drift", "DLRM", _DRIFT, (512,), epochs=1),
-    Experiment("full-drift", "DLRM", _DRIFT, (512,), epochs=1),
-    Experiment("ml-100k", "FM", _RULES, (256, 4096)),
-    Experiment("zipf-rare-clicks", "DLRM", MAIN, (1024,), epochs=1),
-    Experiment("ml-100k", "DLRM", MAIN),
-    Experiment("ml-100k", "DeepFM", MAIN),
-    Experiment("zipf", "DLRM", _RULES, epochs=2),
-    Experiment("ml-1m", "FM", MAIN, (1024,)),
-    Experiment("criteo", "DLRM", MAIN, (4096,), epochs=1),
+_JUDGING = (
+    Experiment("ml-100k", "DLRM", 256, (*MAIN, *OTHERS)),
+    Experiment("ml-100k", "DeepFM", 256, MAIN),
+    Experiment("clicks-25", "DLRM", 256, (*MAIN, *OTHERS, *SPREAD)),
+    Experiment("clicks-4", "DLRM", 1024, (*MAIN, *OTHERS, *SPREAD)),
+    *(
+        Experiment(drift, "DLRM", 512, (*MAIN, *OTHERS, *SPREAD, *AGEING), 1, 5)
+        for drift in ("popularity-drift", "full-drift")
+    ),
 )
+_OTHERS = (
+    Experiment("ml-100k", "FM", 256, (*OTHERS, PAPER, FROZEN_PAPER, FROZEN, BATCHES, *AGEING)),
+    Experiment("ml-100k", "FM", 1024, OTHERS),
+    Experiment("ml-100k", "FM", 4096, OTHERS),
+    Experiment("ml-100k-time", "FM", 256, (*OTHERS, *AGEING), 1, 5),
+    Experiment("ml-100k-time", "DLRM", 256, (*OTHERS, *AGEING), 1, 5),
+    Experiment("clicks-25", "DLRM", 256, AGEING),
+)
+_WHERE_PRESENT = (
+    Experiment("ml-1m-time", "FM", 1024, (*MAIN, CLIPPED), 1),
+    Experiment("ml-1m-time", "DLRM", 1024, (*MAIN, CLIPPED), 1),
+    Experiment("ml-1m", "FM", 1024, (*MAIN, CLIPPED)),
+    Experiment("criteo", "DLRM", 4096, (*MAIN, CLIPPED), 1),
+)
+_LARGE = Experiment("clicks-3-large", "DLRM", 4096, (*MAIN, CLIPPED, weighted(1)), 2)
+
+# The quick form has runs of the full one alone, so that these are shared.
+QUICK = tuple(replace(e, arms=MAIN, stress=False) for e in (*CHOOSING, *_JUDGING))
+FULL = (*QUICK, *CHOOSING, *_JUDGING, *_OTHERS, _LARGE, *_WHERE_PRESENT)
 EXPERIMENTS = {"quick": QUICK, "full": FULL}

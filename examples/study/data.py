@@ -20,9 +20,10 @@ from torchrec.datasets.utils import Batch
 
 from examples import movielens
 from examples.study import planted
+from examples.study.config import in_time
 
 EVALUATION_BATCH = 4096  # samples, all ranks
-MAX_ROWS = 100_000  # of a Criteo table: larger ids are taken modulo this
+MAX_ROWS = 300_000  # of a Criteo table: larger ids are taken modulo this
 RARE = 0.2  # share of the held-out samples that count as rare
 
 
@@ -47,31 +48,56 @@ class Dataset(Protocol):
 
 
 class MovieLens:
-    """MovieLens-100K or -1M. Rare: ratings of the least rated items."""
+    """MovieLens-100K or -1M. Rare: ratings of the least rated items.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the data set.
+        in_time: the oldest 80 % of the ratings are the stream, the rest is held out, half for each
+            split; otherwise a random 80 / 10 / 10 split, shuffled each epoch.
+        ids_only: users and items are the only features.
+    """
+
+    def __init__(self, folder: Path, *, in_time: bool = False, ids_only: bool = False) -> None:
         self._data = movielens.read(folder)
-        self.tables = self._data.tables
-        self.dense = self._data.dense.shape[1]
-        values = self._data.batch(self._data.train).sparse_features.to_dict()
+        self._shuffle = not in_time
+        self._features = ["user", "item"] if ids_only else list(self._data.tables)
+        self._keys = [list(self._data.tables).index(name) for name in self._features]
+        self.tables = {name: self._data.tables[name] for name in self._features}
+        self.dense = 1 if ids_only else self._data.dense.shape[1]
+        self._rows = {split: getattr(self._data, split) for split in ("train", "valid", "test")}
+        if in_time:
+            # The third dense feature is the time of the rating.
+            order = self._data.dense[:, 2].argsort(stable=True)
+            ends = [len(order) * 8 // 10, len(order) * 9 // 10]
+            self._rows = dict(zip(self._rows, order.tensor_split(ends), strict=True))
+        values = self._batch(self._rows["train"]).sparse_features.to_dict()
         self.counts = {
             name: torch.bincount(values[name].values(), minlength=rows)
             for name, rows in self.tables.items()
         }
 
     def steps(self, batch_size: int) -> int:
-        return len(self._data.train) // batch_size
+        return len(self._rows["train"]) // batch_size
 
     def train(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(seed)
-        order = self._data.train[torch.randperm(len(self._data.train), generator=generator)]
+        order = self._rows["train"]
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(seed)
+            order = order[torch.randperm(len(order), generator=generator)]
         for rows in order.split(batch_size)[: self.steps(batch_size)]:
-            yield self._data.batch(_share(rows))
+            yield self._batch(_share(rows))
 
     def held_out(self, split: str) -> list[tuple[Batch, Tensor]]:
-        rows = {"valid": self._data.valid, "test": self._data.test}[split]
-        shares = [_share(part) for part in rows.split(EVALUATION_BATCH)]
-        return [(self._data.batch(share), self._data.rare[share]) for share in shares]
+        shares = [_share(part) for part in self._rows[split].split(EVALUATION_BATCH)]
+        return [(self._batch(share), self._data.rare[share]) for share in shares]
+
+    def _batch(self, rows: Tensor) -> Batch:
+        batch = self._data.batch(rows)
+        if len(self._keys) < len(self._data.tables):
+            batch.sparse_features = batch.sparse_features.permute(self._keys)
+            # A model's dense part must have an input.
+            batch.dense_features = torch.ones(len(rows), 1)
+        return batch
 
 
 class Criteo:
@@ -164,18 +190,22 @@ def convert_tsv(folder: Path) -> None:
 
 @functools.cache
 def load(name: str, folder: Path) -> Dataset | None:
-    """A data set of the study; None if it has to be put into `folder` by hand and is not there."""
-    path = folder / name
-    if name == "ml-100k":
-        movielens.fetch(path)
-        return MovieLens(path)
+    """A data set of the study; None if it has to be put into `folder` by hand and is not there.
+
+    Args:
+        name: a planted task, "criteo", or "ml-100k" or "ml-1m", with "-time" for the order of time
+            and with "-ids" for users and items alone.
+    """
+    path = folder / name.removesuffix("-ids").removesuffix("-time")
     if name in planted.TASKS:
-        task = planted.TASKS[name]
-        planted.generate(task, path)
-        return Criteo(path, shuffle=not task.drifts)
-    if not path.exists():
+        planted.generate(planted.TASKS[name], path)
+    elif path.name == "ml-100k":
+        movielens.fetch(path)
+    elif not path.exists():
         return None
-    return MovieLens(path) if name == "ml-1m" else Criteo(path)
+    if path.name.startswith("ml-"):
+        return MovieLens(path, in_time=in_time(name), ids_only=name.endswith("-ids"))
+    return Criteo(path, shuffle=not in_time(name))
 
 
 def _rank() -> int:

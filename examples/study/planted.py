@@ -51,8 +51,9 @@ class Task:
 
 
 TASKS = {
-    "zipf": Task(),
-    "zipf-rare-clicks": Task(held_out=60_000, clicks=0.04),
+    "clicks-25": Task(),
+    "clicks-4": Task(held_out=60_000, clicks=0.04),
+    "clicks-3-large": Task(4, 300_000, 200_000, (10, 300_000), zipf=1.05, clicks=0.03),
     "popularity-drift": Task(13, 10_000, 40_000, popularity_drift=0.03),
     "full-drift": Task(13, 10_000, 40_000, popularity_drift=0.03, vector_drift=0.1),
 }

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from examples.study.config import Experiment, Run
 from examples.study.data import load
 from examples.study.results import Result, Results
-from examples.study.sweep import sweeps
+from examples.study.sweep import Sweep
 from examples.study.train import train
 
 
@@ -34,7 +34,7 @@ def run_all(
     chosen = []
     for experiment in experiments:
         if load(experiment.data, folder) is None:
-            print(f"Left out {experiment.name}: {folder / experiment.data} does not exist.")
+            print(f"Left out {experiment.setting}: {folder} does not hold it.")
         else:
             chosen.append(experiment)
     if "RANK" in os.environ:
@@ -66,8 +66,8 @@ def start_rank() -> None:
 def missing(experiments: Iterable[Experiment], results: Results) -> Iterator[Run]:
     """The runs that are needed next. More may be when those are done."""
     for experiment in experiments:
-        for sweep in sweeps(experiment):
-            yield from sweep.missing(results)
+        for arm in experiment.arms:
+            yield from Sweep(experiment, arm).missing(results)
 
 
 def _run_here(experiments: list[Experiment], results: Results, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """One run: a sharded model, an optimizer of its tables, and the figures along the way."""
 
-import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import Adam, in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from examples.dlrm import DENSE_LR, load_weights
 from examples.dlrm import Arm as Training
-from examples.study.config import Run
+from examples.study import ablation, stream
+from examples.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run, in_time
 from examples.study.data import Dataset, load
 from torchrec_freq import FrequencySGD, load_row_counts
 
@@ -35,10 +33,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
     "Adagrad": torch.optim.Adagrad,
     "RowWiseAdagrad": RowWiseAdagrad,
+    "ClippedRowWiseAdagrad": RowWiseAdagrad,  # and what `ablation` does to its sums
     "Adam": Adam,  # FBGEMM has it on CUDA only
 }
 EMBEDDING_DIM = 16
-WARMUP = 0.1  # of an epoch
 EVALUATIONS = 4  # points of a learning curve in the first epoch; later ones have one
 
 
@@ -111,9 +109,12 @@ def build(run: Run, data: Dataset) -> Training:
     ]
     collection = EmbeddingBagCollection(tables)
     module = WithLoss(MODELS[run.model](collection, data.dense))
-    apply_optimizer_in_backward(
-        OPTIMIZERS[run.arm.optimizer], collection.parameters(), {"lr": run.lr, **run.arm.options}
-    )
+    options = dict(run.arm.options)
+    lr = run.lr
+    if run.arm == CLIPPED:
+        lr = ablation.kernel_lr(lr, options.pop("own_weight"))
+    optimizer = OPTIMIZERS[run.arm.optimizer]
+    apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": lr, **options})
 
     # No table is data-parallel: TorchRec drops SGD and Adagrad there.
     types = [t.value for t in ShardingType if t is not ShardingType.DATA_PARALLEL]
@@ -125,72 +126,115 @@ def build(run: Run, data: Dataset) -> Training:
     plan = planner.collective_plan(module, sharders, dist.group.WORLD)
     model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
     load_weights(model, weights)
-    steps = data.steps(run.batch_size)
-    if run.arm.options.get("count") == "frozen":
-        counts = {f"t_{name}": count for name, count in data.counts.items()}
-        load_row_counts(model, counts, steps)
+    if options.get("count") == "frozen":
+        load_row_counts(model, {f"t_{name}": count for name, count in data.counts.items()})
+    if run.arm == CLIPPED:
+        ablation.keep_sums(model, **run.arm.options)
 
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=DENSE_LR),
     )
-    fused = model.fused_optimizer
-    if run.arm.warmup:
-        stage = WarmupStage(WarmupPolicy.LINEAR, max_iters=max(1, round(WARMUP * steps)), value=0.0)
-        fused = WarmupOptimizer(fused, [stage], lr=run.lr)
-    return Training(run.arm.label, run.lr, model, dense, CombinedOptimizer([fused, dense]))
+    optimizers = CombinedOptimizer([model.fused_optimizer, dense])
+    return Training(run.arm.label, run.lr, model, dense, optimizers)
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Trains, and returns the run's line of the results file.
 
-    The curve has the figures on the validation split after each quarter of the first epoch and
-    after each epoch, and from the first epoch's end on those on the test split. It ends early where
-    the loss is no number any more.
+    Its "measures" have for each measure of the experiment the AUC by which lr is chosen ("by"), and
+    the figures that are judged. Its "curve" is AUC by steps: along a stream, or on the validation
+    split during the first epoch and after each one. Where the loss is no number any more the run
+    ends, and the measures after that are missing.
     """
     data = load(run.data, folder)
     assert data is not None, f"{run.data} is not in {folder}"
     training = build(run, data)
-    held_out = {split: data.held_out(split) for split in ("valid", "test")}
+    result = run.key() | {"measures": {}, "curve": []}
+    if in_time(run.data):
+        _stream(run, data, training, result)
+    else:
+        _epochs(run, data, training, result)
+    if run.arm == ROWWISE and dist.get_world_size() == 1:
+        result["squares"] = _squares_by_count(training, data, run.epochs)
+    return result
+
+
+def _stream(run: Run, data: Dataset, training: Training, result: dict[str, Any]) -> None:
+    predicted = []
+    for batch in data.train(run.batch_size, run.seed):
+        step = _step(training, batch)
+        if step is None:
+            return
+        predicted.append(step)
+    predicted = stream.gathered(predicted)
+    figures = stream.figures(predicted)
+    result["curve"] = stream.curve(predicted)
+    after = training.evaluate(
+        [*_on(training, data.held_out("valid")), *_on(training, data.held_out("test"))]
+    )
+    result["measures"] = {STREAM: figures, AFTER: {"by": figures["by"], **_rounded(after)}}
+
+
+def _epochs(run: Run, data: Dataset, training: Training, result: dict[str, Any]) -> None:
+    valid, test = (_on(training, data.held_out(split)) for split in ("valid", "test"))
     steps = data.steps(run.batch_size)
-    quarters = {max(1, steps * n // EVALUATIONS) for n in range(1, EVALUATIONS)}
-    curve: list[dict[str, Any]] = []
+    quarters = {steps * part // EVALUATIONS for part in range(1, EVALUATIONS)}
     for epoch in range(run.epochs):
-        diverged = False
-        for step, batch in enumerate(data.train(run.batch_size, _seed(run, epoch)), start=1):
-            loss = training.step(batch.to(training.model.device))
-            if diverged := _any_rank(not math.isfinite(loss), training.model.device):
-                break
+        for step, batch in enumerate(data.train(run.batch_size, 1000 * run.seed + epoch), start=1):
+            if _step(training, batch) is None:
+                return
             if epoch == 0 and step in quarters:
-                curve.append(_point(step, step / steps, training, {"valid": held_out["valid"]}))
-        if diverged:
-            break
-        curve.append(_point(steps * (epoch + 1), epoch + 1, training, held_out))
-    return run.key() | {
-        "curve": curve,
-        "milliseconds": round(1e3 * statistics.median(training.seconds), 2),
-        "ranks": dist.get_world_size(),
-    }
+                result["curve"].append((step, _rounded(training.evaluate(valid))["auc"]))
+        chosen_by = _rounded(training.evaluate(valid))["auc"]
+        figures = _rounded(training.evaluate(test))
+        result["curve"].append((steps * (epoch + 1), chosen_by))
+        result["measures"][f"epoch {epoch + 1}"] = {"by": chosen_by, **figures}
 
 
-def _any_rank(value: bool, device: torch.device) -> bool:
-    """Whether it is true on a rank, so that all ranks go the same way."""
-    if dist.get_world_size() == 1:
-        return value
-    flag = torch.tensor(int(value), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """One step; logits and labels of the batch before it, None where a rank's loss is no number."""
+    training.optimizer.zero_grad()
+    loss, (_, logits, labels) = training.model(batch.to(training.model.device))
+    loss.backward()  # updates the embedding tables, too
+    training.optimizer.step()
+    finite = loss.detach().isfinite()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(finite := finite.int(), dist.ReduceOp.MIN)
+    return (logits.cpu(), labels.cpu()) if finite else None
 
 
-def _seed(run: Run, epoch: int) -> int:
-    return 1000 * run.seed + epoch
+def _on(training: Training, batches: list[tuple[Batch, Tensor]]) -> list[tuple[Batch, Tensor]]:
+    device = training.model.device
+    return [(batch.to(device), rare.to(device)) for batch, rare in batches]
 
 
-def _point(
-    step: int, epoch: float, training: Training, held_out: dict[str, list[tuple[Batch, Tensor]]]
-) -> dict[str, Any]:
-    figures = {
-        split: {name: round(value, 6) for name, value in training.evaluate(batches).items()}
-        for split, batches in held_out.items()
-    }
-    return {"step": step, "epoch": round(epoch, 3), **figures}
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
+def _squares_by_count(training: Training, data: Dataset, epochs: int) -> list[list[float]]:
+    """What row-wise Adagrad has summed up for rows of the largest table, by their count.
+
+    Returns:
+        for each power of two, of the rows that occurred as often or up to twice as often: their
+        mean count; the 10th, 50th and 90th percentile of their sums; the sum that FrequencySGD
+        would predict, the table's sum times the share of occurrences.
+    """
+    name = max(data.tables, key=lambda name: data.tables[name])
+    states = training.model.fused_optimizer.state_dict()["state"].values()
+    (momentum,) = (
+        value for state in states for key, value in state.items() if key.startswith(f"t_{name}.")
+    )
+    sums = momentum.local_shards()[0].tensor.double().cpu()
+    counts = epochs * data.counts[name].double()
+    lines = []
+    for power in range(int(counts.max().log2()) + 1):
+        rows = (counts >= 2**power) & (counts < 2 ** (power + 1))
+        if rows.any():
+            count = counts[rows].mean()
+            quantiles = sums[rows].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+            lines.append(
+                [float(count), *quantiles.tolist(), float(sums.sum() * count / counts.sum())]
+            )
+    return lines

@@ -1,0 +1,49 @@
+"""Predict-then-train: how well a model predicts each batch of a stream before it learns from it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+FIRST = 5  # lr is chosen on this first part of the stream, a fifth; the rest is judged
+PARTS = 10  # points of the curve along the stream
+
+Predicted = Sequence[tuple[Tensor, Tensor]]
+"""One entry a step: logits and labels of its batch, each [samples], before the step's update."""
+
+
+def figures(steps: Predicted) -> dict[str, float]:
+    """AUC over the first fifth of the steps ("by"), AUC and log loss over the others."""
+    first = max(1, round(len(steps) / FIRST))
+    logits, labels = _join(steps[first:])
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    return {
+        "by": auc(steps[:first]),
+        "auc": auc(steps[first:]),
+        "log_loss": round(float(loss), 6),
+    }
+
+
+def curve(steps: Predicted) -> list[tuple[int, float]]:
+    """(steps so far, AUC over the last of `PARTS` equal parts), along the stream."""
+    ends = [len(steps) * part // PARTS for part in range(PARTS + 1)]
+    return [(end, auc(steps[start:end])) for start, end in zip(ends, ends[1:], strict=False) if end > start]
+
+
+def auc(steps: Predicted) -> float:
+    logits, labels = _join(steps)
+    return round(float(binary_auroc(logits, labels.int())), 6)
+
+
+def gathered(steps: Predicted) -> Predicted:
+    """The same of the global batches, from each rank's share of them."""
+    ranks: list[Predicted] = [steps] * dist.get_world_size()
+    dist.all_gather_object(ranks, steps)
+    return [tuple(map(torch.cat, zip(*shares, strict=True))) for shares in zip(*ranks, strict=True)]
+
+
+def _join(steps: Predicted) -> tuple[Tensor, Tensor]:
+    logits, labels = zip(*steps, strict=True)
+    return torch.cat(logits), torch.cat(labels).float()
