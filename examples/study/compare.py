@@ -23,7 +23,7 @@ class Difference(NamedTuple):
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """Of figures that belong to the same seeds, in the same order."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=False)]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     count = len(differences)
     error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan
     return Difference(statistics.fmean(differences), error)
@@ -34,24 +34,26 @@ class Found:
     """What is known of one arm in one setting.
 
     Attributes:
-        best: measure -> exponent of the best lr, where the search is over and all seeds are there.
-        results: exponent -> a result a seed; of the first seed alone where the others lack.
+        best: measure -> exponent of the best lr.
+        results: exponent -> a result a seed.
     """
 
     experiment: Experiment
     best: Mapping[str, int]
     results: Mapping[int, Sequence[Result]]
 
-    def figures(self, measure: str, steps: int = 0, metric: str = "auc") -> list[float]:
-        """A figure a seed, `steps` grid points above the best lr; empty where it was not run."""
-        return self.at(self.best[measure] + steps, measure, metric)
+    def mean(self, measure: str, metric: str = "auc") -> float:
+        """Over the seeds, at the best lr."""
+        return statistics.fmean(self.at(self.best[measure], measure, metric))
 
     def at(self, exponent: int, measure: str, metric: str = "auc") -> list[float]:
+        """A figure a seed at some lr; empty where it was not run."""
         return [figure(result, measure, metric) for result in self.results.get(exponent, ())]
 
 
 Arms = Mapping[str, Found]
 """Label of an arm -> what is known of it."""
+Settings = Mapping[str, Arms]
 
 
 def found(results: Results) -> dict[str, dict[str, Found]]:
@@ -60,36 +62,32 @@ def found(results: Results) -> dict[str, dict[str, Found]]:
     for experiment in (e for chosen in EXPERIMENTS.values() for e in chosen):
         for arm in experiment.arms:
             sweep = Sweep(experiment, arm)
-            best = {}
-            for measure in experiment.measures:
-                exponent = sweep.best(results, measure)
-                if exponent is not None and sweep.seeds(results, exponent):
-                    best[measure] = exponent
-            if len(best) == len(experiment.measures):
-                known = {
-                    exponent: sweep.seeds(results, exponent) or [first]
-                    for exponent, first in sweep.tried(results).items()
-                }
+            best = {measure: sweep.best(results, measure) for measure in experiment.measures}
+            done = {measure: e for measure, e in best.items() if e is not None}
+            if len(done) == len(best):
                 arms = settings.setdefault(experiment.setting, {})
-                arms[arm.label] = Found(experiment, best, known)
+                arms[arm.label] = Found(experiment, done, sweep.tried(results))
     return {name: arms for name, arms in settings.items() if ROWWISE.label in arms}
 
 
 def gain(
-    arms: Arms, measure: str, label: str = FREQUENCY.label, over: str = ROWWISE.label
-) -> Difference:
-    """AUC of one arm less that of another one, each at its own best lr."""
-    return paired(arms[label].figures(measure), arms[over].figures(measure))
+    arms: Arms,
+    measure: str,
+    label: str = FREQUENCY.label,
+    over: str = ROWWISE.label,
+    *,
+    times: int = 0,
+    at_their_lr: bool = False,
+) -> Difference | None:
+    """AUC of one arm less that of another one; None where an arm was not run there.
 
-
-def at_their_lr(arms: Arms, measure: str) -> Difference | None:
-    """FrequencySGD at row-wise Adagrad's best lr, less row-wise Adagrad there."""
-    theirs = arms[ROWWISE.label]
-    ours = arms[FREQUENCY.label].at(theirs.best[measure], measure)
-    return paired(ours, theirs.figures(measure)) if ours else None
-
-
-def at_times(arms: Arms, measure: str, steps: int) -> Difference | None:
-    """FrequencySGD less row-wise Adagrad, each at the same multiple of its own best lr."""
-    ours, theirs = (arms[arm.label].figures(measure, steps) for arm in (FREQUENCY, ROWWISE))
-    return paired(ours, theirs) if ours and theirs else None
+    Args:
+        times: grid steps of lr above the best one of each.
+        at_their_lr: the first arm at the best lr of the other one instead of its own.
+    """
+    if not {label, over} <= arms.keys():
+        return None
+    theirs = arms[over].best[measure] + times
+    ours = theirs if at_their_lr else arms[label].best[measure] + times
+    pair = arms[label].at(ours, measure), arms[over].at(theirs, measure)
+    return paired(*pair) if all(pair) else None

@@ -59,7 +59,8 @@ class Experiment:
     Attributes:
         seeds: of the initial weights and of the order of data that are shuffled; the same for all
             arms, so that their figures are paired.
-        stress: whether lr beyond the best are tried: 3 and 10 times, and row-wise Adagrad's best.
+        stressed: arms that are also tried at row-wise Adagrad's best lr (of the rest, those of
+            FrequencySGD) and at 3 and 10 times their own best.
     """
 
     data: str
@@ -68,7 +69,7 @@ class Experiment:
     arms: tuple[Arm, ...]
     epochs: int = 3
     seeds: int = 3
-    stress: bool = True
+    stressed: tuple[Arm, ...] = ()
 
     @property
     def setting(self) -> str:
@@ -92,66 +93,76 @@ def weighted(own_weight: float, **options: Any) -> Arm:
 
 
 OWN_WEIGHTS = (1, 2, 3, 5, 10)
-HALF_LIVES = (25, 50, 100, 200)
+HALF_LIVES = (50, 100, 200)
 OWN_WEIGHT = FrequencyConfig().own_weight
 FREQUENCY = weighted(OWN_WEIGHT)
-PAPER = Arm("FrequencySGD", {"normalize": None}, start=6)
-FROZEN_PAPER = Arm("FrequencySGD", {"normalize": None, "count": "frozen"}, start=6)
-FROZEN = weighted(OWN_WEIGHT, count="frozen")
-BATCHES = weighted(OWN_WEIGHT, count="batches")
-ROWWISE = Arm("RowWiseAdagrad", start=-6)
+ROWWISE = Arm("RowWiseAdagrad", start=-5)
 CLIPPED = Arm("ClippedRowWiseAdagrad", {"own_weight": OWN_WEIGHT})
-ADAGRAD = Arm("Adagrad", start=-6)
-SGD = Arm("SGD", start=2)
+ADAGRAD = Arm("Adagrad", start=-5)
+SGD = Arm("SGD", start=4)
 ADAM = Arm("Adam", start=-10)
+VARIANTS = (
+    weighted(OWN_WEIGHT, count="frozen"),
+    weighted(OWN_WEIGHT, count="batches"),
+    Arm("FrequencySGD", {"normalize": None}, start=6),
+    Arm("FrequencySGD", {"normalize": None, "count": "frozen"}, start=6),
+)
 
 MAIN = (FREQUENCY, ROWWISE)
 # FBGEMM has Adam on CUDA only.
-OTHERS = (CLIPPED, ADAGRAD, SGD, *((ADAM,) if torch.cuda.is_available() else ()))
+RIVALS = (*MAIN, CLIPPED, ADAGRAD, SGD, *((ADAM,) if torch.cuda.is_available() else ()))
 CANDIDATES = tuple(map(weighted, OWN_WEIGHTS))
-SPREAD = tuple(map(weighted, (1, OWN_WEIGHT, 10, 30)))
+SPREAD = tuple(map(weighted, (1, 10, 30)))
 AGEING = tuple(weighted(OWN_WEIGHT, half_life=steps) for steps in HALF_LIVES)
 
 # These settle own_weight, by the rule in `verdict`; all else judges.
-CHOOSING = (
+_CHOOSING = (
     *(
-        Experiment(f"ml-100k-time{features}", model, batch_size, (*CANDIDATES, ROWWISE), 1, 5)
+        Experiment(f"ml-100k-time{features}", model, batch_size, MAIN, 1, 5)
         for model in ("FM", "DLRM")
         for features in ("", "-ids")
         for batch_size in (256, 1024)
     ),
-    *(
-        Experiment("ml-100k", "FM", batch_size, (*CANDIDATES, ROWWISE))
-        for batch_size in (256, 1024, 4096)
-    ),
+    *(Experiment("ml-100k", "FM", batch_size, MAIN) for batch_size in (256, 1024, 4096)),
 )
-_JUDGING = (
-    Experiment("ml-100k", "DLRM", 256, (*MAIN, *OTHERS)),
+_CLICKS_25 = Experiment("clicks-25", "DLRM", 256, MAIN)
+_CLICKS_4 = Experiment("clicks-4", "DLRM", 1024, MAIN)
+_DRIFTS = tuple(
+    Experiment(drift, "DLRM", 512, MAIN, 1) for drift in ("popularity-drift", "full-drift")
+)
+_DLRM = Experiment("ml-100k", "DLRM", 256, MAIN)
+# All of these are shown in the README's picture.
+QUICK = (
+    *_CHOOSING,
+    _DLRM,
     Experiment("ml-100k", "DeepFM", 256, MAIN),
-    Experiment("clicks-25", "DLRM", 256, (*MAIN, *OTHERS, *SPREAD)),
-    Experiment("clicks-4", "DLRM", 1024, (*MAIN, *OTHERS, *SPREAD)),
-    *(
-        Experiment(drift, "DLRM", 512, (*MAIN, *OTHERS, *SPREAD, *AGEING), 1, 5)
-        for drift in ("popularity-drift", "full-drift")
+    _CLICKS_25,
+    _CLICKS_4,
+    *_DRIFTS,
+)
+
+
+def _more(arms: tuple[Arm, ...], *experiments: Experiment) -> tuple[Experiment, ...]:
+    return tuple(replace(experiment, arms=arms, stressed=RIVALS) for experiment in experiments)
+
+
+FULL = (
+    *QUICK,
+    *_more(CANDIDATES, *_CHOOSING),
+    *_more(MAIN, *QUICK),
+    *_more(SPREAD, _CLICKS_25, _CLICKS_4, *_DRIFTS),
+    *_more(AGEING, *_DRIFTS, _CHOOSING[0], _CHOOSING[4], _CHOOSING[8], _CLICKS_25),
+    *_more(
+        RIVALS, _CHOOSING[0], _CHOOSING[4], *_CHOOSING[8:], _CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM
+    ),
+    *_more(VARIANTS, _CHOOSING[8]),
+    *_more(
+        (*MAIN, CLIPPED),
+        Experiment("clicks-3-large", "DLRM", 4096, MAIN, 2),
+        Experiment("ml-1m-time", "FM", 1024, MAIN, 1),
+        Experiment("ml-1m-time", "DLRM", 1024, MAIN, 1),
+        Experiment("ml-1m", "FM", 1024, MAIN),
+        Experiment("criteo", "DLRM", 4096, MAIN, 1),
     ),
 )
-_OTHERS = (
-    Experiment("ml-100k", "FM", 256, (*OTHERS, PAPER, FROZEN_PAPER, FROZEN, BATCHES, *AGEING)),
-    Experiment("ml-100k", "FM", 1024, OTHERS),
-    Experiment("ml-100k", "FM", 4096, OTHERS),
-    Experiment("ml-100k-time", "FM", 256, (*OTHERS, *AGEING), 1, 5),
-    Experiment("ml-100k-time", "DLRM", 256, (*OTHERS, *AGEING), 1, 5),
-    Experiment("clicks-25", "DLRM", 256, AGEING),
-)
-_WHERE_PRESENT = (
-    Experiment("ml-1m-time", "FM", 1024, (*MAIN, CLIPPED), 1),
-    Experiment("ml-1m-time", "DLRM", 1024, (*MAIN, CLIPPED), 1),
-    Experiment("ml-1m", "FM", 1024, (*MAIN, CLIPPED)),
-    Experiment("criteo", "DLRM", 4096, (*MAIN, CLIPPED), 1),
-)
-_LARGE = Experiment("clicks-3-large", "DLRM", 4096, (*MAIN, CLIPPED, weighted(1)), 2)
-
-# The quick form has runs of the full one alone, so that these are shared.
-QUICK = tuple(replace(e, arms=MAIN, stress=False) for e in (*CHOOSING, *_JUDGING))
-FULL = (*QUICK, *CHOOSING, *_JUDGING, *_OTHERS, _LARGE, *_WHERE_PRESENT)
 EXPERIMENTS = {"quick": QUICK, "full": FULL}

@@ -14,7 +14,8 @@ class Task:
     """How the clicks come about.
 
     The logit of a sample is a sum over its ids of a planted weight, plus the planted vectors' dot
-    products over all pairs of ids, plus a little of the dense features, plus a constant.
+    products over all pairs of ids, plus a little of the dense features, plus a constant
+    of the day.
 
     Attributes:
         days: files; the last one is held out.
@@ -102,24 +103,9 @@ def _write(task: Task, folder: Path) -> None:
             sizes = (task.linear, task.pairs, task.dense)
             scales = tuple(size / part.std() for size, part in zip(sizes, parts, strict=True))
         logits = sum(scale * part for scale, part in zip(scales, parts, strict=True))
-        labels = random.random(samples) < _sigmoid(logits + _offset(logits, task.clicks))
+        # Above a threshold with logistic noise: the probability is the sigmoid of the logit.
+        noisy = logits + random.logistic(size=samples)
+        labels = noisy > np.quantile(noisy, 1 - task.clicks)
         np.save(folder / f"day_{day:02d}_dense.npy", dense)
         np.save(folder / f"day_{day:02d}_sparse.npy", sparse)
         np.save(folder / f"day_{day:02d}_labels.npy", labels.astype(np.int32)[:, None])
-
-
-def _offset(logits: np.ndarray, clicks: float) -> float:
-    """The constant that makes the mean probability `clicks`, by bisection."""
-    low, high = -50.0, 50.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _sigmoid(logits + middle).mean() < clicks:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    probability: np.ndarray = 1 / (1 + np.exp(-logits))
-    return probability

@@ -27,9 +27,6 @@ class Results:
             if rest:
                 path.write_text("".join(line + "\n" for line in whole))
 
-    def __len__(self) -> int:
-        return len(self._results)
-
     def get(self, run: Run) -> Result | None:
         return self._results.get(_key(run.key()))
 

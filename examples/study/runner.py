@@ -1,13 +1,12 @@
 """Runs what the experiments need and the results file lacks, several runs at a time."""
 
-import concurrent.futures
 import logging
 import multiprocessing
 import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -77,7 +76,7 @@ def _run_here(experiments: list[Experiment], results: Results, folder: Path) -> 
             # The figures are those of all ranks, so every rank comes to the same next run.
             results.add(run, train(run, folder), write=first)
             bar.update()
-            bar.set_postfix_str(_describe(run), refresh=False)
+            bar.set_postfix_str(str(run), refresh=False)
 
 
 def _run_in_pool(
@@ -90,23 +89,17 @@ def _run_in_pool(
         tqdm(desc="runs", unit="run") as bar,
     ):
         while True:
-            queued = set(map(str, running.values()))
             # Not more than the workers can take: what is needed after them may change.
             for run in missing(experiments, results):
-                if len(running) >= workers:
-                    break
-                if str(run) not in queued:
+                if len(running) < workers and run not in running.values():
                     running[pool.submit(train, run, folder)] = run
             if not running:
                 return
-            done, _ = concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 results.add(run, future.result())
                 bar.update()
-                bar.set_postfix_str(_describe(run))
+                bar.set_postfix_str(str(run))
 
 
 def _start_worker() -> None:
@@ -120,7 +113,3 @@ def _start_worker() -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     start_rank()
-
-
-def _describe(run: Run) -> str:
-    return f"{run.model} on {run.data}, {run.arm.label}, batch {run.batch_size}, lr {run.lr:g}"

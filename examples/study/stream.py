@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc
 
 FIRST = 5  # lr is chosen on this first part of the stream, a fifth; the rest is judged
@@ -17,19 +18,15 @@ Predicted = Sequence[tuple[Tensor, Tensor]]
 def figures(steps: Predicted) -> dict[str, float]:
     """AUC over the first fifth of the steps ("by"), AUC and log loss over the others."""
     first = max(1, round(len(steps) / FIRST))
-    logits, labels = _join(steps[first:])
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    return {
-        "by": auc(steps[:first]),
-        "auc": auc(steps[first:]),
-        "log_loss": round(float(loss), 6),
-    }
+    loss = binary_cross_entropy_with_logits(*_join(steps[first:]))
+    rest = {"auc": auc(steps[first:]), "log_loss": round(float(loss), 6)}
+    return {"by": auc(steps[:first]), **rest}
 
 
 def curve(steps: Predicted) -> list[tuple[int, float]]:
     """(steps so far, AUC over the last of `PARTS` equal parts), along the stream."""
     ends = [len(steps) * part // PARTS for part in range(PARTS + 1)]
-    return [(end, auc(steps[start:end])) for start, end in zip(ends, ends[1:], strict=False) if end > start]
+    return [(b, auc(steps[a:b])) for a, b in zip(ends, ends[1:], strict=False) if a < b]
 
 
 def auc(steps: Predicted) -> float:
@@ -41,7 +38,7 @@ def gathered(steps: Predicted) -> Predicted:
     """The same of the global batches, from each rank's share of them."""
     ranks: list[Predicted] = [steps] * dist.get_world_size()
     dist.all_gather_object(ranks, steps)
-    return [tuple(map(torch.cat, zip(*shares, strict=True))) for shares in zip(*ranks, strict=True)]
+    return [_join(shares) for shares in zip(*ranks, strict=True)]
 
 
 def _join(steps: Predicted) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """The search for an arm's lr: the same log grid for all, walked until the best lies inside."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from examples.study.config import MAIN, ROWWISE, Arm, Experiment, Run
+from examples.study.config import FREQUENCY, ROWWISE, Arm, Experiment, Run
 from examples.study.results import Result, Results
 
 LOWEST, HIGHEST = -20, 16  # exponents at which a search gives up: lr 1e-5 and 1e4
@@ -29,8 +30,8 @@ def next_exponents(scores: Mapping[int, float], start: int) -> list[int]:
     """
     if start not in scores:
         return [start]
-    coarse = [exponent for exponent in scores if (exponent - start) % COARSE == 0]
-    for best, step in ((max(coarse, key=scores.__getitem__), COARSE), (best_of(scores), 1)):
+    coarse = {e: score for e, score in scores.items() if (e - start) % COARSE == 0}
+    for best, step in ((best_of(coarse), COARSE), (best_of(scores), 1)):
         beside = [e for e in (best - step, best + step) if LOWEST <= e <= HIGHEST]
         if missing := [exponent for exponent in beside if exponent not in scores]:
             return missing
@@ -43,58 +44,44 @@ def best_of(scores: Mapping[int, float]) -> int:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of one arm of an experiment.
-
-    lr is searched for with the first seed, each measure's own; the other seeds run at the best lr
-    of each measure and, for the two main arms, at those that stress them.
-    """
+    """The runs of one arm of an experiment: lr is searched for each measure, by all seeds' mean."""
 
     experiment: Experiment
     arm: Arm
 
-    def run(self, exponent: int, seed: int) -> Run:
-        e = self.experiment
-        return Run(e.data, e.model, self.arm, lr_at(exponent), e.batch_size, e.epochs, seed)
+    def runs(self, exponent: int) -> list[Run]:
+        """At one lr, a run a seed."""
+        e, lr = self.experiment, lr_at(exponent)
+        return [
+            Run(e.data, e.model, self.arm, lr, e.batch_size, e.epochs, seed)
+            for seed in range(e.seeds)
+        ]
 
-    def tried(self, results: Results) -> dict[int, Result]:
-        """Exponent -> the first seed's result, at all grid points that have one."""
-        found = {e: results.get(self.run(e, seed=0)) for e in range(LOWEST, HIGHEST + 1)}
-        return {exponent: result for exponent, result in found.items() if result is not None}
+    def tried(self, results: Results) -> dict[int, list[Result]]:
+        """Exponent -> a result a seed, at all grid points where all seeds have one."""
+        found = {e: [results.get(run) for run in self.runs(e)] for e in range(LOWEST, HIGHEST + 1)}
+        return {
+            exponent: known
+            for exponent, seeds in found.items()
+            if len(known := [result for result in seeds if result is not None]) == len(seeds)
+        }
 
     def best(self, results: Results, measure: str) -> int | None:
         """The exponent of the best lr for a measure; None while the search is not over."""
-        scores = _scores(self.tried(results), measure)
+        scores = mean_scores(self.tried(results), measure)
         return None if next_exponents(scores, self.arm.start) else best_of(scores)
-
-    def seeds(self, results: Results, exponent: int) -> list[Result]:
-        """The results of all seeds at an lr; none of them where one lacks."""
-        found = [results.get(self.run(exponent, seed)) for seed in range(self.experiment.seeds)]
-        known = [result for result in found if result is not None]
-        return known if len(known) == len(found) else []
 
     def missing(self, results: Results) -> list[Run]:
         """The runs that are needed next; none when all is done."""
-        tried, first = self.tried(results), self.experiment.measures[0]
-        wanted = [
-            (exponent, 0)
-            for measure in self.experiment.measures
-            for exponent in next_exponents(_scores(tried, measure), self.arm.start)
-        ]
-        if not wanted:
-            best = {
-                measure: best_of(_scores(tried, measure)) for measure in self.experiment.measures
-            }
-            confirmed = set(best.values())
-            if self.experiment.stress:
-                stress = {min(best[first] + steps, HIGHEST) for steps in STRESS}
-                theirs = Sweep(self.experiment, ROWWISE).best(results, first)
-                if theirs is not None and self.arm.optimizer == "FrequencySGD":
-                    stress.add(theirs)
-                wanted = [(exponent, 0) for exponent in stress]
-                if self.arm in MAIN:
-                    confirmed |= stress
-            wanted += [(e, seed) for e in confirmed for seed in range(self.experiment.seeds)]
-        runs = [self.run(exponent, seed) for exponent, seed in sorted(set(wanted))]
+        scores = [mean_scores(self.tried(results), m) for m in self.experiment.measures]
+        wanted = {e for found in scores for e in next_exponents(found, self.arm.start)}
+        if not wanted and self.arm in self.experiment.stressed:
+            first = self.experiment.measures[0]
+            wanted = {min(best_of(scores[0]) + steps, HIGHEST) for steps in STRESS}
+            theirs = Sweep(self.experiment, ROWWISE).best(results, first)
+            if theirs is not None and self.arm.optimizer == FREQUENCY.optimizer:
+                wanted.add(theirs)
+        runs = [run for exponent in sorted(wanted) for run in self.runs(exponent)]
         return [run for run in runs if results.get(run) is None]
 
 
@@ -103,5 +90,9 @@ def figure(result: Result, measure: str, metric: str) -> float:
     return float(result["measures"].get(measure, {}).get(metric, DIVERGED))
 
 
-def _scores(tried: Mapping[int, Result], measure: str) -> dict[int, float]:
-    return {exponent: figure(result, measure, "by") for exponent, result in tried.items()}
+def mean_scores(tried: Mapping[int, list[Result]], measure: str) -> dict[int, float]:
+    """Exponent -> the mean of what lr is chosen by."""
+    return {
+        exponent: statistics.fmean(figure(result, measure, "by") for result in results)
+        for exponent, results in tried.items()
+    }

@@ -1,8 +1,10 @@
 """One run: a sharded model, an optimizer of its tables, and the figures along the way."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.types import ShardingType
 from torchrec.models.deepfm import SimpleDeepFMNN
-from torchrec.models.dlrm import DLRM
+from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -24,7 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from examples.dlrm import DENSE_LR, load_weights
 from examples.dlrm import Arm as Training
 from examples.study import ablation, stream
-from examples.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run, in_time
+from examples.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run
 from examples.study.data import Dataset, load
 from torchrec_freq import FrequencySGD, load_row_counts
 
@@ -37,6 +39,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "Adam": Adam,  # FBGEMM has it on CUDA only
 }
 EMBEDDING_DIM = 16
+Measures = dict[str, dict[str, float]]
+Curve = list[tuple[int, float]]
 EVALUATIONS = 4  # points of a learning curve in the first epoch; later ones have one
 
 
@@ -61,10 +65,6 @@ class FM(nn.Module):
         return logits
 
 
-def fm(tables: EmbeddingBagCollection, dense: int) -> nn.Module:
-    return FM(tables, dense)
-
-
 def deepfm(tables: EmbeddingBagCollection, dense: int) -> nn.Module:
     model: nn.Module = SimpleDeepFMNN(dense, tables, hidden_layer_size=32, deep_fm_dimension=32)
     # In place of the sigmoid: logits, as of the others.
@@ -77,21 +77,11 @@ def dlrm(tables: EmbeddingBagCollection, dense: int) -> nn.Module:
     return model
 
 
-MODELS = {"FM": fm, "DeepFM": deepfm, "DLRM": dlrm}
-
-
-class WithLoss(nn.Module):
-    """A model with the loss that it is trained on, as TorchRec's `DLRMTrain`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = nn.BCEWithLogitsLoss()
-
-    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
-        loss = self.loss(logits, batch.labels.float())
-        return loss, (loss.detach(), logits.detach(), batch.labels)
+MODELS: dict[str, Callable[[EmbeddingBagCollection, int], nn.Module]] = {
+    "FM": FM,
+    "DeepFM": deepfm,
+    "DLRM": dlrm,
+}
 
 
 def build(run: Run, data: Dataset) -> Training:
@@ -108,9 +98,8 @@ def build(run: Run, data: Dataset) -> Training:
         for feature, rows in data.tables.items()
     ]
     collection = EmbeddingBagCollection(tables)
-    module = WithLoss(MODELS[run.model](collection, data.dense))
-    options = dict(run.arm.options)
-    lr = run.lr
+    module = DLRMTrain(MODELS[run.model](collection, data.dense))
+    options, lr = dict(run.arm.options), run.lr
     if run.arm == CLIPPED:
         lr = ablation.kernel_lr(lr, options.pop("own_weight"))
     optimizer = OPTIMIZERS[run.arm.optimizer]
@@ -118,19 +107,17 @@ def build(run: Run, data: Dataset) -> Training:
 
     # No table is data-parallel: TorchRec drops SGD and Adagrad there.
     types = [t.value for t in ShardingType if t is not ShardingType.DATA_PARALLEL]
-    planner = EmbeddingShardingPlanner(
-        constraints={table.name: ParameterConstraints(sharding_types=types) for table in tables}
-    )
+    constraints = {table.name: ParameterConstraints(sharding_types=types) for table in tables}
     sharders = [EmbeddingBagCollectionSharder()]
     weights = module.state_dict()
+    planner = EmbeddingShardingPlanner(constraints=constraints)
     plan = planner.collective_plan(module, sharders, dist.group.WORLD)
     model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
     load_weights(model, weights)
     if options.get("count") == "frozen":
-        load_row_counts(model, {f"t_{name}": count for name, count in data.counts.items()})
+        load_row_counts(model, {f"t_{name}": count for name, count in data.counts().items()})
     if run.arm == CLIPPED:
         ablation.keep_sums(model, **run.arm.options)
-
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=DENSE_LR),
@@ -142,54 +129,51 @@ def build(run: Run, data: Dataset) -> Training:
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Trains, and returns the run's line of the results file.
 
-    Its "measures" have for each measure of the experiment the AUC by which lr is chosen ("by"), and
-    the figures that are judged. Its "curve" is AUC by steps: along a stream, or on the validation
-    split during the first epoch and after each one. Where the loss is no number any more the run
-    ends, and the measures after that are missing.
+    Its "measures" have, for each measure of the experiment, the AUC by which lr is chosen ("by")
+    and the figures that are judged. Its "curve" is AUC by steps: along a stream, or on the
+    validation split. Where a loss is no number the run ends, and later measures are missing.
     """
     data = load(run.data, folder)
     assert data is not None, f"{run.data} is not in {folder}"
     training = build(run, data)
-    result = run.key() | {"measures": {}, "curve": []}
-    if in_time(run.data):
-        _stream(run, data, training, result)
-    else:
-        _epochs(run, data, training, result)
+    measures, curve = (_stream if data.in_time else _epochs)(run, data, training)
+    result = run.key() | {"measures": measures, "curve": curve}
     if run.arm == ROWWISE and dist.get_world_size() == 1:
-        result["squares"] = _squares_by_count(training, data, run.epochs)
+        result["squares"] = _squares_by_count(training, data)
     return result
 
 
-def _stream(run: Run, data: Dataset, training: Training, result: dict[str, Any]) -> None:
-    predicted = []
+def _stream(run: Run, data: Dataset, training: Training) -> tuple[Measures, Curve]:
+    """Predict-then-train over the stream, then the samples after it."""
+    steps = []
     for batch in data.train(run.batch_size, run.seed):
         step = _step(training, batch)
         if step is None:
-            return
-        predicted.append(step)
-    predicted = stream.gathered(predicted)
+            return {}, []
+        steps.append(step)
+    predicted = stream.gathered(steps)
     figures = stream.figures(predicted)
-    result["curve"] = stream.curve(predicted)
-    after = training.evaluate(
-        [*_on(training, data.held_out("valid")), *_on(training, data.held_out("test"))]
-    )
-    result["measures"] = {STREAM: figures, AFTER: {"by": figures["by"], **_rounded(after)}}
+    after = {"by": figures["by"], **_evaluate(training, data, "valid", "test")}
+    return {STREAM: figures, AFTER: after}, stream.curve(predicted)
 
 
-def _epochs(run: Run, data: Dataset, training: Training, result: dict[str, Any]) -> None:
-    valid, test = (_on(training, data.held_out(split)) for split in ("valid", "test"))
+def _epochs(run: Run, data: Dataset, training: Training) -> tuple[Measures, Curve]:
+    """Validation AUC after each quarter of the first epoch, test figures after each epoch."""
+    measures: Measures = {}
+    curve: Curve = []
     steps = data.steps(run.batch_size)
     quarters = {steps * part // EVALUATIONS for part in range(1, EVALUATIONS)}
     for epoch in range(run.epochs):
         for step, batch in enumerate(data.train(run.batch_size, 1000 * run.seed + epoch), start=1):
             if _step(training, batch) is None:
-                return
+                return measures, curve
             if epoch == 0 and step in quarters:
-                result["curve"].append((step, _rounded(training.evaluate(valid))["auc"]))
-        chosen_by = _rounded(training.evaluate(valid))["auc"]
-        figures = _rounded(training.evaluate(test))
-        result["curve"].append((steps * (epoch + 1), chosen_by))
-        result["measures"][f"epoch {epoch + 1}"] = {"by": chosen_by, **figures}
+                curve.append((step, _evaluate(training, data, "valid")["auc"]))
+        chosen_by = _evaluate(training, data, "valid")["auc"]
+        curve.append((steps * (epoch + 1), chosen_by))
+        test = _evaluate(training, data, "test")
+        measures[f"epoch {epoch + 1}"] = {"by": chosen_by, **test}
+    return measures, curve
 
 
 def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -198,43 +182,35 @@ def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:
     loss, (_, logits, labels) = training.model(batch.to(training.model.device))
     loss.backward()  # updates the embedding tables, too
     training.optimizer.step()
-    finite = loss.detach().isfinite()
+    finite = loss.detach().isfinite().int()
     if dist.get_world_size() > 1:
-        dist.all_reduce(finite := finite.int(), dist.ReduceOp.MIN)
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
     return (logits.cpu(), labels.cpu()) if finite else None
 
 
-def _on(training: Training, batches: list[tuple[Batch, Tensor]]) -> list[tuple[Batch, Tensor]]:
+def _evaluate(training: Training, data: Dataset, *splits: str) -> dict[str, float]:
     device = training.model.device
-    return [(batch.to(device), rare.to(device)) for batch, rare in batches]
+    batches = [(batch.to(device), rare.to(device)) for batch, rare in data.held_out(*splits)]
+    return {name: round(value, 6) for name, value in training.evaluate(batches).items()}
 
 
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in figures.items()}
-
-
-def _squares_by_count(training: Training, data: Dataset, epochs: int) -> list[list[float]]:
+def _squares_by_count(training: Training, data: Dataset) -> list[list[float]]:
     """What row-wise Adagrad has summed up for rows of the largest table, by their count.
 
     Returns:
-        for each power of two, of the rows that occurred as often or up to twice as often: their
-        mean count; the 10th, 50th and 90th percentile of their sums; the sum that FrequencySGD
-        would predict, the table's sum times the share of occurrences.
+        for each power of two, of the rows with that many occurrences in an epoch, up to twice as
+        many: the mean count, the 10th, 50th and 90th percentile of the sums, and the sum that
+        FrequencySGD predicts: that of the table times the row's share of the occurrences.
     """
-    name = max(data.tables, key=lambda name: data.tables[name])
+    name, counts = max(data.counts().items(), key=lambda item: len(item[1]))
     states = training.model.fused_optimizer.state_dict()["state"].values()
-    (momentum,) = (
-        value for state in states for key, value in state.items() if key.startswith(f"t_{name}.")
-    )
-    sums = momentum.local_shards()[0].tensor.double().cpu()
-    counts = epochs * data.counts[name].double()
+    momenta = {key: value for state in states for key, value in state.items()}
+    sums = momenta[f"t_{name}.momentum1"].local_shards()[0].tensor.cpu().numpy()
     lines = []
-    for power in range(int(counts.max().log2()) + 1):
-        rows = (counts >= 2**power) & (counts < 2 ** (power + 1))
+    for power in range(int(counts.max()).bit_length()):
+        rows = (counts.numpy() >> power) == 1
         if rows.any():
-            count = counts[rows].mean()
-            quantiles = sums[rows].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-            lines.append(
-                [float(count), *quantiles.tolist(), float(sums.sum() * count / counts.sum())]
-            )
+            mean = float(counts.numpy()[rows].mean())
+            predicted = float(sums.sum()) * mean / int(counts.sum())
+            lines.append([mean, *np.percentile(sums[rows], (10, 50, 90)).tolist(), predicted])
     return lines
