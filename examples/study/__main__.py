@@ -9,8 +9,7 @@ make study and make study-full are the first two; the latter writes examples/stu
 A run that has its line in results.jsonl is not run again, so a study that was cut off goes on where
 it was; delete the file after a change to an optimizer. Data sets other than MovieLens-100K and the
 synthetic ones are used if they are in the data folder: ml-1m (as published) and criteo (day_*.npy
-files or the original TSV files, a file a day, at least two). Under torchrun every model is sharded
-over all ranks; otherwise each of --workers processes trains its own models on one rank.
+files, at least two days).
 """
 
 import argparse
@@ -38,8 +37,7 @@ def main() -> None:
     results = Results(args.out / "results.jsonl")
     if args.command != "report":
         run_all(EXPERIMENTS[args.command], results, args.data, args.workers)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(report.write(results, args.tables or args.out))
+    print(report.write(results, args.tables or args.out))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the study consists of: the arms, and the experiments of its quick and its full form."""
 
+import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     start: int = -4
 
-    @property
+    @functools.cached_property
     def label(self) -> str:
         options = ", ".join(
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
@@ -49,7 +50,7 @@ class Run:
 
     def key(self) -> dict[str, Any]:
         """What identifies the run, as JSON."""
-        return asdict(self) | {"arm": self.arm.label}
+        return vars(self) | {"arm": self.arm.label}
 
 
 @dataclass(frozen=True)
@@ -115,54 +116,48 @@ CANDIDATES = tuple(map(weighted, OWN_WEIGHTS))
 SPREAD = tuple(map(weighted, (1, 10, 30)))
 AGEING = tuple(weighted(OWN_WEIGHT, half_life=steps) for steps in HALF_LIVES)
 
-# These settle own_weight, by the rule in `verdict`; all else judges.
-_CHOOSING = (
-    *(
-        Experiment(f"ml-100k-time{features}", model, batch_size, MAIN, 1, 5)
-        for model in ("FM", "DLRM")
-        for features in ("", "-ids")
-        for batch_size in (256, 1024)
-    ),
-    *(Experiment("ml-100k", "FM", batch_size, MAIN) for batch_size in (256, 1024, 4096)),
-)
+_FM_TIME, _DLRM_TIME, *_IDS = _STREAMS = [
+    Experiment(f"ml-100k-time{features}", model, 256, MAIN, epochs=1, seeds=5)
+    for features in ("", "-ids")
+    for model in ("FM", "DLRM")
+]
+_FM, _FM_1024, _FM_4096 = (Experiment("ml-100k", "FM", size, MAIN) for size in (256, 1024, 4096))
+_DLRM, _DEEP_FM = (Experiment("ml-100k", model, 256, MAIN) for model in ("DLRM", "DeepFM"))
 _CLICKS_25 = Experiment("clicks-25", "DLRM", 256, MAIN)
 _CLICKS_4 = Experiment("clicks-4", "DLRM", 1024, MAIN)
-_DRIFTS = tuple(
-    Experiment(drift, "DLRM", 512, MAIN, 1) for drift in ("popularity-drift", "full-drift")
+_LARGE = Experiment("clicks-3-large", "DLRM", 4096, MAIN, epochs=2)
+_DRIFTS = [
+    Experiment(f"{what}-drift", "DLRM", 512, MAIN, epochs=1) for what in ("popularity", "full")
+]
+_WHERE_PRESENT = (
+    Experiment("ml-1m-time", "FM", 1024, MAIN, epochs=1),
+    Experiment("ml-1m-time", "DLRM", 1024, MAIN, epochs=1),
+    Experiment("ml-1m", "FM", 1024, MAIN),
+    Experiment("criteo", "DLRM", 4096, MAIN, epochs=1),
 )
-_DLRM = Experiment("ml-100k", "DLRM", 256, MAIN)
-# All of these are shown in the README's picture.
-QUICK = (
-    *_CHOOSING,
-    _DLRM,
-    Experiment("ml-100k", "DeepFM", 256, MAIN),
-    _CLICKS_25,
-    _CLICKS_4,
-    *_DRIFTS,
+# These settle own_weight, by the rule in `verdict`; all else judges.
+_CHOOSING = (
+    *_STREAMS,
+    *(replace(stream, batch_size=1024) for stream in _STREAMS),
+    *(_FM, _FM_1024, _FM_4096),
 )
+_JUDGING = (_CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM)
 
 
-def _more(arms: tuple[Arm, ...], *experiments: Experiment) -> tuple[Experiment, ...]:
-    return tuple(replace(experiment, arms=arms, stressed=RIVALS) for experiment in experiments)
+def _with(arms: tuple[Arm, ...], *experiments: Experiment) -> list[Experiment]:
+    return [replace(experiment, arms=arms, stressed=RIVALS) for experiment in experiments]
 
 
+# These are in the README's picture.
+QUICK = (*_STREAMS, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS)
 FULL = (
     *QUICK,
-    *_more(CANDIDATES, *_CHOOSING),
-    *_more(MAIN, *QUICK),
-    *_more(SPREAD, _CLICKS_25, _CLICKS_4, *_DRIFTS),
-    *_more(AGEING, *_DRIFTS, _CHOOSING[0], _CHOOSING[4], _CHOOSING[8], _CLICKS_25),
-    *_more(
-        RIVALS, _CHOOSING[0], _CHOOSING[4], *_CHOOSING[8:], _CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM
-    ),
-    *_more(VARIANTS, _CHOOSING[8]),
-    *_more(
-        (*MAIN, CLIPPED),
-        Experiment("clicks-3-large", "DLRM", 4096, MAIN, 2),
-        Experiment("ml-1m-time", "FM", 1024, MAIN, 1),
-        Experiment("ml-1m-time", "DLRM", 1024, MAIN, 1),
-        Experiment("ml-1m", "FM", 1024, MAIN),
-        Experiment("criteo", "DLRM", 4096, MAIN, 1),
-    ),
+    *_with((*CANDIDATES, ROWWISE), *_CHOOSING),
+    *_with(MAIN, *_JUDGING, _DEEP_FM),
+    *_with(SPREAD, *_JUDGING[:4]),
+    *_with(AGEING, *_DRIFTS, _FM_TIME, _DLRM_TIME, _FM, _CLICKS_25),
+    *_with(RIVALS, _FM_TIME, _DLRM_TIME, _FM, _FM_1024, _FM_4096, *_JUDGING),
+    *_with(VARIANTS, _FM),
+    *_with((*MAIN, CLIPPED), _LARGE, *_WHERE_PRESENT),
 )
 EXPERIMENTS = {"quick": QUICK, "full": FULL}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from torchrec.datasets.utils import Batch
@@ -17,14 +16,14 @@ from examples import movielens
 from examples.study import planted
 from examples.study.config import in_time
 
-EVALUATION_BATCH = 4096  # samples, all ranks
+EVALUATION_BATCH = 4096  # samples
 MAX_ROWS = 300_000  # of a Criteo table: larger ids are taken modulo this
 RARE = 0.2  # share of the held-out samples that count as rare
 
 
 @dataclass
 class Dataset:
-    """Click-through data. Batches are this rank's share of a global batch.
+    """Click-through data.
 
     Attributes:
         tables: sparse feature -> rows of its table.
@@ -43,7 +42,7 @@ class Dataset:
     in_time: bool
 
     def steps(self, batch_size: int) -> int:
-        """Global batches in an epoch; what does not fill one is left out."""
+        """Batches in an epoch; what does not fill one is left out."""
         return len(self.rows["train"]) // batch_size
 
     def train(self, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -53,13 +52,12 @@ class Dataset:
             generator = torch.Generator().manual_seed(seed)
             order = order[torch.randperm(len(order), generator=generator)]
         for rows in order.split(batch_size)[: self.steps(batch_size)]:
-            yield self.batch(_share(rows))
+            yield self.batch(rows)
 
     def held_out(self, *splits: str) -> list[tuple[Batch, Tensor]]:
         """Batches of the splits, each with a mask of its rare samples."""
         rows = torch.cat([self.rows[split] for split in splits])
-        shares = [_share(part) for part in rows.split(EVALUATION_BATCH)]
-        return [(self.batch(share), self.rare[share]) for share in shares]
+        return [(self.batch(part), self.rare[part]) for part in rows.split(EVALUATION_BATCH)]
 
     def counts(self) -> dict[str, Tensor]:
         """Sparse feature -> [rows] occurrences in the train split."""
@@ -168,9 +166,3 @@ def load(name: str, folder: Path) -> Dataset | None:
     if path.name.startswith("ml-"):
         return movielens_data(path, in_time=in_time(name), ids_only=name.endswith("-ids"))
     return criteo_data(path, in_time=in_time(name))
-
-
-def _share(rows: Tensor) -> Tensor:
-    if not dist.is_initialized():
-        return rows
-    return rows.tensor_split(dist.get_world_size())[dist.get_rank()]

@@ -43,7 +43,7 @@ def draw(settings: Settings, folder: Path) -> dict[str, str]:
     ours = {name: arms for name, arms in settings.items() if FREQUENCY.label in arms}
     with matplotlib.rc_context(STYLE):
         for name, (alt, wanted, paint) in PICTURES.items():
-            shown = {name: arms for name, arms in ours.items() if wanted(arms)}
+            shown = {setting: arms for setting, arms in ours.items() if wanted(arms)}
             if shown:
                 figure = pyplot.figure(layout="constrained")
                 paint(figure, shown)
@@ -106,7 +106,7 @@ def _panels(line: Callable[[Arms, str], Points], **axes: Any) -> Callable[[Any, 
 def _by_lr(arms: Arms, label: str) -> Points:
     """By the first measure, mean over the seeds."""
     found = arms[label]
-    means = [np.mean(found.at(e, found.experiment.measures[0])) for e in found.results]
+    means = [float(np.mean(found.at(e, found.experiment.measures[0]))) for e in found.results]
     return [lr_at(exponent) for exponent in found.results], means
 
 

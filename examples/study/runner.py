@@ -24,11 +24,11 @@ from examples.study.train import train
 def run_all(
     experiments: Iterable[Experiment], results: Results, folder: Path, workers: int
 ) -> None:
-    """Completes the experiments. Under torchrun all ranks must call it.
+    """Completes the experiments.
 
     Args:
         folder: of the data sets; experiments whose data set is not there are left out.
-        workers: processes, each with one rank; of no meaning under torchrun.
+        workers: processes, each with one rank.
     """
     chosen = []
     for experiment in experiments:
@@ -36,30 +36,26 @@ def run_all(
             print(f"Left out {experiment.setting}: {folder} does not hold it.")
         else:
             chosen.append(experiment)
-    if "RANK" in os.environ:
-        start_rank()
-        _run_here(chosen, results, folder)
-        dist.barrier()
-        dist.destroy_process_group()
-    else:
-        _run_in_pool(chosen, results, folder, workers)
-
-
-def start_rank() -> None:
-    """Joins the ranks of torchrun, or makes this process the only one."""
-    # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
-    warnings.filterwarnings("ignore")
-    for name in ("torchrec", "torch.fx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    else:
-        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    running: dict[Future[Result], Run] = {}
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
+        tqdm(desc="runs", unit="run") as bar,
+    ):
+        while True:
+            # Not more than the workers can take: what is needed after them may change.
+            for run in missing(chosen, results):
+                if len(running) == workers:
+                    break
+                if run not in running.values():
+                    running[pool.submit(train, run, folder)] = run
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                results.add(run, future.result())
+                bar.set_postfix_str(f"{run.model} on {run.data}, {run.arm.label}, lr {run.lr:g}")
+                bar.update()
 
 
 def missing(experiments: Iterable[Experiment], results: Results) -> Iterator[Run]:
@@ -69,37 +65,16 @@ def missing(experiments: Iterable[Experiment], results: Results) -> Iterator[Run
             yield from Sweep(experiment, arm).missing(results)
 
 
-def _run_here(experiments: list[Experiment], results: Results, folder: Path) -> None:
-    first = dist.get_rank() == 0
-    with tqdm(desc="runs", disable=not first) as bar:
-        while (run := next(missing(experiments, results), None)) is not None:
-            # The figures are those of all ranks, so every rank comes to the same next run.
-            results.add(run, train(run, folder), write=first)
-            bar.update()
-            bar.set_postfix_str(str(run), refresh=False)
-
-
-def _run_in_pool(
-    experiments: list[Experiment], results: Results, folder: Path, workers: int
-) -> None:
-    running: dict[Future[Result], Run] = {}
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
-        tqdm(desc="runs", unit="run") as bar,
-    ):
-        while True:
-            # Not more than the workers can take: what is needed after them may change.
-            for run in missing(experiments, results):
-                if len(running) < workers and run not in running.values():
-                    running[pool.submit(train, run, folder)] = run
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
-                results.add(run, future.result())
-                bar.update()
-                bar.set_postfix_str(str(run))
+def start_rank() -> None:
+    """Makes this process the only rank."""
+    # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
+    warnings.filterwarnings("ignore")
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _start_worker() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc
@@ -32,13 +31,6 @@ def curve(steps: Predicted) -> list[tuple[int, float]]:
 def auc(steps: Predicted) -> float:
     logits, labels = _join(steps)
     return round(float(binary_auroc(logits, labels.int())), 6)
-
-
-def gathered(steps: Predicted) -> Predicted:
-    """The same of the global batches, from each rank's share of them."""
-    ranks: list[Predicted] = [steps] * dist.get_world_size()
-    dist.all_gather_object(ranks, steps)
-    return [_join(shares) for shares in zip(*ranks, strict=True)]
 
 
 def _join(steps: Predicted) -> tuple[Tensor, Tensor]:

@@ -49,22 +49,23 @@ class Sweep:
     experiment: Experiment
     arm: Arm
 
+    def run(self, exponent: int, seed: int = 0) -> Run:
+        e = self.experiment
+        return Run(e.data, e.model, self.arm, lr_at(exponent), e.batch_size, e.epochs, seed)
+
     def runs(self, exponent: int) -> list[Run]:
         """At one lr, a run a seed."""
-        e, lr = self.experiment, lr_at(exponent)
-        return [
-            Run(e.data, e.model, self.arm, lr, e.batch_size, e.epochs, seed)
-            for seed in range(e.seeds)
-        ]
+        return [self.run(exponent, seed) for seed in range(self.experiment.seeds)]
 
     def tried(self, results: Results) -> dict[int, list[Result]]:
         """Exponent -> a result a seed, at all grid points where all seeds have one."""
-        found = {e: [results.get(run) for run in self.runs(e)] for e in range(LOWEST, HIGHEST + 1)}
-        return {
-            exponent: known
-            for exponent, seeds in found.items()
-            if len(known := [result for result in seeds if result is not None]) == len(seeds)
-        }
+        found = {}
+        for exponent in range(LOWEST, HIGHEST + 1):
+            if results.get(self.run(exponent)) is not None:
+                known = [results.get(run) for run in self.runs(exponent)]
+                if None not in known:
+                    found[exponent] = [result for result in known if result is not None]
+        return found
 
     def best(self, results: Results, measure: str) -> int | None:
         """The exponent of the best lr for a measure; None while the search is not over."""
@@ -73,11 +74,12 @@ class Sweep:
 
     def missing(self, results: Results) -> list[Run]:
         """The runs that are needed next; none when all is done."""
-        scores = [mean_scores(self.tried(results), m) for m in self.experiment.measures]
+        tried = self.tried(results)
+        scores = [mean_scores(tried, measure) for measure in self.experiment.measures]
         wanted = {e for found in scores for e in next_exponents(found, self.arm.start)}
         if not wanted and self.arm in self.experiment.stressed:
-            first = self.experiment.measures[0]
             wanted = {min(best_of(scores[0]) + steps, HIGHEST) for steps in STRESS}
+            first = self.experiment.measures[0]
             theirs = Sweep(self.experiment, ROWWISE).best(results, first)
             if theirs is not None and self.arm.optimizer == FREQUENCY.optimizer:
                 wanted.add(theirs)

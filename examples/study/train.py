@@ -85,7 +85,7 @@ MODELS: dict[str, Callable[[EmbeddingBagCollection, int], nn.Module]] = {
 
 
 def build(run: Run, data: Dataset) -> Training:
-    """The model of a run: sharded, and the same weights for every arm, lr and number of ranks."""
+    """The model of a run: sharded on one rank, the same weights for every arm and lr."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(run.seed)
     tables = [
@@ -138,20 +138,19 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     training = build(run, data)
     measures, curve = (_stream if data.in_time else _epochs)(run, data, training)
     result = run.key() | {"measures": measures, "curve": curve}
-    if run.arm == ROWWISE and dist.get_world_size() == 1:
+    if run.arm == ROWWISE:
         result["squares"] = _squares_by_count(training, data)
     return result
 
 
 def _stream(run: Run, data: Dataset, training: Training) -> tuple[Measures, Curve]:
     """Predict-then-train over the stream, then the samples after it."""
-    steps = []
+    predicted = []
     for batch in data.train(run.batch_size, run.seed):
         step = _step(training, batch)
         if step is None:
             return {}, []
-        steps.append(step)
-    predicted = stream.gathered(steps)
+        predicted.append(step)
     figures = stream.figures(predicted)
     after = {"by": figures["by"], **_evaluate(training, data, "valid", "test")}
     return {STREAM: figures, AFTER: after}, stream.curve(predicted)
@@ -177,15 +176,12 @@ def _epochs(run: Run, data: Dataset, training: Training) -> tuple[Measures, Curv
 
 
 def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:
-    """One step; logits and labels of the batch before it, None where a rank's loss is no number."""
+    """One step; logits and labels of the batch before it, None where the loss is no number."""
     training.optimizer.zero_grad()
     loss, (_, logits, labels) = training.model(batch.to(training.model.device))
     loss.backward()  # updates the embedding tables, too
     training.optimizer.step()
-    finite = loss.detach().isfinite().int()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return (logits.cpu(), labels.cpu()) if finite else None
+    return (logits.cpu(), labels.cpu()) if loss.isfinite() else None
 
 
 def _evaluate(training: Training, data: Dataset, *splits: str) -> dict[str, float]:
@@ -195,13 +191,9 @@ def _evaluate(training: Training, data: Dataset, *splits: str) -> dict[str, floa
 
 
 def _squares_by_count(training: Training, data: Dataset) -> list[list[float]]:
-    """What row-wise Adagrad has summed up for rows of the largest table, by their count.
-
-    Returns:
-        for each power of two, of the rows with that many occurrences in an epoch, up to twice as
-        many: the mean count, the 10th, 50th and 90th percentile of the sums, and the sum that
-        FrequencySGD predicts: that of the table times the row's share of the occurrences.
-    """
+    """What row-wise Adagrad has summed up for rows of the largest table, by powers of two of their
+    count in an epoch: a line each of the mean count, the 10th, 50th and 90th percentile of the
+    sums, and the table's sum times the row's share of the occurrences, as FrequencySGD predicts."""
     name, counts = max(data.counts().items(), key=lambda item: len(item[1]))
     states = training.model.fused_optimizer.state_dict()["state"].values()
     momenta = {key: value for state in states for key, value in state.items()}
