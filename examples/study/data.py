@@ -18,6 +18,7 @@ from examples.study.config import in_time
 
 EVALUATION_BATCH = 4096  # samples
 MAX_ROWS = 300_000  # of a Criteo table: larger ids are taken modulo this
+SPLITS = ("train", "valid", "test")
 RARE = 0.2  # share of the held-out samples that count as rare
 
 
@@ -29,7 +30,7 @@ class Dataset:
         tables: sparse feature -> rows of its table.
         dense: dense features.
         batch: from the numbers of samples, [samples] int64, to these samples.
-        rows: "train", "valid" and "test" -> [samples] int64 numbers of its samples.
+        rows: name of a split -> [samples] int64 numbers of its samples.
         rare: [all samples] bool: those of rare ids.
         in_time: whether epochs keep the order of `rows["train"]`; else they are shuffled.
     """
@@ -61,11 +62,8 @@ class Dataset:
 
     def counts(self) -> dict[str, Tensor]:
         """Sparse feature -> [rows] occurrences in the train split."""
-        values = self.batch(self.rows["train"]).sparse_features.to_dict()
-        return {
-            name: torch.bincount(values[name].values(), minlength=rows)
-            for name, rows in self.tables.items()
-        }
+        ids = self.batch(self.rows["train"]).sparse_features.to_dict()
+        return {f: torch.bincount(ids[f].values(), minlength=n) for f, n in self.tables.items()}
 
 
 def movielens_data(folder: Path, *, in_time: bool, ids_only: bool) -> Dataset:
@@ -77,11 +75,11 @@ def movielens_data(folder: Path, *, in_time: bool, ids_only: bool) -> Dataset:
         ids_only: users and items are the only features.
     """
     data = movielens.read(folder)
-    rows = {"train": data.train, "valid": data.valid, "test": data.test}
+    rows = dict(zip(SPLITS, (data.train, data.valid, data.test), strict=True))
     if in_time:
         order = data.dense[:, 2].argsort(stable=True)  # the time of the rating
         ends = [len(order) * 8 // 10, len(order) * 9 // 10]
-        rows = dict(zip(rows, order.tensor_split(ends), strict=True))
+        rows = dict(zip(SPLITS, order.tensor_split(ends), strict=True))
         # A stream has no time for a feature: it never comes again.
         data = replace(data, dense=data.dense[:, :2])
     if not ids_only:
@@ -122,16 +120,11 @@ def criteo_data(folder: Path, *, in_time: bool = False) -> Dataset:
     tables = dict(zip(DEFAULT_CAT_NAMES, sizes.tolist(), strict=True))
     dense_BD = torch.from_numpy(np.concatenate(dense))
     labels_B = torch.from_numpy(np.concatenate(labels).ravel())
+    batch = _single_ids(list(tables), torch.from_numpy(ids), dense_BD, labels_B)
     ends = [last, last + len(sparse[-1]) // 2]
-    splits = torch.arange(len(ids)).tensor_split(ends)
-    return Dataset(
-        tables=tables,
-        dense=dense_BD.shape[1],
-        batch=_single_ids(list(tables), torch.from_numpy(ids), dense_BD, labels_B),
-        rows=dict(zip(("train", "valid", "test"), splits, strict=True)),
-        rare=torch.from_numpy(mean_log_count < np.quantile(mean_log_count[last:], RARE)),
-        in_time=in_time,
-    )
+    rows = dict(zip(SPLITS, torch.arange(len(ids)).tensor_split(ends), strict=True))
+    rare = torch.from_numpy(mean_log_count < np.quantile(mean_log_count[last:], RARE))
+    return Dataset(tables, dense_BD.shape[1], batch, rows, rare, in_time)
 
 
 def _single_ids(

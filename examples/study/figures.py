@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from examples.study.compare import Arms, Settings, gain
-from examples.study.config import ADAGRAD, CLIPPED, FREQUENCY, OWN_WEIGHT, ROWWISE, STREAM
+from examples.study.config import ADAGRAD, CLIPPED, FREQUENCY, OWN_WEIGHT, QUICK, ROWWISE, STREAM
 from examples.study.sweep import lr_at
 
 GREY = "#808080"  # legible on white and on black
@@ -42,8 +42,10 @@ def draw(settings: Settings, folder: Path) -> dict[str, str]:
     drawn = {}
     ours = {name: arms for name, arms in settings.items() if FREQUENCY.label in arms}
     with matplotlib.rc_context(STYLE):
-        for name, (alt, wanted, paint) in PICTURES.items():
-            shown = {setting: arms for setting, arms in ours.items() if wanted(arms)}
+        for name, (alt, measure, paint) in PICTURES.items():
+            shown = {
+                e: a for e, a in ours.items() if not measure or measure in a[FREQUENCY.label].best
+            }
             if shown:
                 figure = pyplot.figure(layout="constrained")
                 paint(figure, shown)
@@ -54,7 +56,9 @@ def draw(settings: Settings, folder: Path) -> dict[str, str]:
 
 
 def _differences(figure: Any, settings: Settings) -> None:
-    """One row a task, a mark a measure; hollow marks belong to streams."""
+    """The quick form's tasks, one a row; a mark a measure, hollow in streams."""
+    quick = [experiment.setting for experiment in QUICK]
+    settings = {name: arms for name, arms in settings.items() if name in quick}
     figure.set_size_inches(7.5, 1 + 0.3 * len(settings))
     panel = figure.subplots()
     marks: dict[str, Any] = {}
@@ -127,20 +131,14 @@ def _along(arms: Arms, label: str) -> Points:
     return x, means[:, 1].tolist()
 
 
-def _squares(arms: Arms) -> list[list[float]]:
-    """What row-wise Adagrad summed up by count, see `train`, at the best lr of the first epoch."""
-    found = arms[ROWWISE.label]
-    best = found.best[found.experiment.measures[0]]
-    lines: list[list[float]] = found.results[best][0].get("squares", [])
-    return lines
-
-
 def _rates(figure: Any, settings: Settings) -> None:
-    """The rate by count in the first setting; how far a row moves in a step, by the formulas."""
+    """The rate by count in the first setting, see `train`; a row's move in a step, by formula."""
     figure.set_size_inches(9, 3.2)
     rate, move = figure.subplots(1, 2)
     name, arms = next(iter(settings.items()))
-    count, low, median, high, predicted = np.array(_squares(arms)).T
+    found = arms[ROWWISE.label]
+    squares = found.results[found.best["epoch 1"]][0]["squares"]
+    count, low, median, high, predicted = np.array(squares).T
     (our_name, ours), (their_name, theirs) = list(ARMS.values())[:2]
     rate.fill_between(count, high**-0.5, low**-0.5, color=theirs, alpha=0.2, linewidth=0)
     rate.plot(count, median**-0.5, ".-", color=theirs, label=f"{their_name}: median, 80 % of rows")
@@ -155,29 +153,18 @@ def _rates(figure: Any, settings: Settings) -> None:
     move.set(xlabel="square of the gradient / sum of the past ones", ylabel="move / lr")
 
 
-def _has(measure: str) -> Callable[[Arms], Any]:
-    return lambda arms: measure in arms[ROWWISE.label].best
-
-
 _lr = _panels(_by_lr, xscale="log", xlabel="lr", ylabel="AUC")
 _epochs = _panels(_by_epoch, xlabel="epoch", ylabel="AUC", xticks=(1, 2, 3))
 _stream = _panels(_along, xlabel="share of the stream", ylabel="difference")
-Picture = tuple[str, Callable[[Arms], Any], Callable[[Any, Settings], None]]
-"""Alt text, which settings are shown, and what paints them."""
-PICTURES: dict[str, Picture] = {
-    "differences": (
-        "AUC of FrequencySGD less that of row-wise Adagrad, with error bars, a row a task",
-        bool,
-        _differences,
-    ),
-    "lr": ("AUC by lr, a panel a task", bool, _lr),
-    "epochs": ("AUC after each epoch, a panel a task", _has("epoch 2"), _epochs),
-    "stream": ("AUC along a stream, less row-wise Adagrad's", _has(STREAM), _stream),
-    "rates": (
-        "Left: the rate of a row by its count; a line with FrequencySGD. "
-        "Right: how far a row moves in a step: less than lr with row-wise Adagrad, and less than "
-        "lr sqrt(2 / own_weight) with FrequencySGD",
-        _squares,
-        _rates,
-    ),
+DIFFERENCES = "AUC of FrequencySGD less that of row-wise Adagrad, with error bars, a row a task"
+RATES = """\
+Left: the rate of a row by its count, a straight line with FrequencySGD. Right: how far a row moves
+in a step: at most lr with row-wise Adagrad, at most lr sqrt(2 / own_weight) with FrequencySGD"""
+PICTURES: dict[str, tuple[str, str, Callable[[Any, Settings], None]]] = {
+    # Alt text, the measure that a setting must have, what paints these settings.
+    "differences": (DIFFERENCES, "", _differences),
+    "lr": ("AUC by lr, a panel a task", "", _lr),
+    "epochs": ("AUC after each epoch, a panel a task", "epoch 2", _epochs),
+    "stream": ("AUC along each stream, less that of row-wise Adagrad", STREAM, _stream),
+    "rates": (RATES, "epoch 1", _rates),
 }

@@ -39,9 +39,6 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "Adam": Adam,  # FBGEMM has it on CUDA only
 }
 EMBEDDING_DIM = 16
-Measures = dict[str, dict[str, float]]
-Curve = list[tuple[int, float]]
-EVALUATIONS = 4  # points of a learning curve in the first epoch; later ones have one
 
 
 class FM(nn.Module):
@@ -77,11 +74,8 @@ def dlrm(tables: EmbeddingBagCollection, dense: int) -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[[EmbeddingBagCollection, int], nn.Module]] = {
-    "FM": FM,
-    "DeepFM": deepfm,
-    "DLRM": dlrm,
-}
+Model = Callable[[EmbeddingBagCollection, int], nn.Module]
+MODELS: dict[str, Model] = {"FM": FM, "DeepFM": deepfm, "DLRM": dlrm}
 
 
 def build(run: Run, data: Dataset) -> Training:
@@ -89,12 +83,7 @@ def build(run: Run, data: Dataset) -> Training:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(run.seed)
     tables = [
-        EmbeddingBagConfig(
-            name=f"t_{feature}",
-            feature_names=[feature],
-            num_embeddings=rows,
-            embedding_dim=EMBEDDING_DIM,
-        )
+        EmbeddingBagConfig(rows, EMBEDDING_DIM, name=f"t_{feature}", feature_names=[feature])
         for feature, rows in data.tables.items()
     ]
     collection = EmbeddingBagCollection(tables)
@@ -130,49 +119,41 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     """Trains, and returns the run's line of the results file.
 
     Its "measures" have, for each measure of the experiment, the AUC by which lr is chosen ("by")
-    and the figures that are judged. Its "curve" is AUC by steps: along a stream, or on the
-    validation split. Where a loss is no number the run ends, and later measures are missing.
+    and the figures that are judged. Where a loss is no number the run ends, and measures after that
+    are missing. A stream's "curve" is AUC by steps.
     """
     data = load(run.data, folder)
     assert data is not None, f"{run.data} is not in {folder}"
     training = build(run, data)
-    measures, curve = (_stream if data.in_time else _epochs)(run, data, training)
-    result = run.key() | {"measures": measures, "curve": curve}
+    result = run.key() | (_stream if data.in_time else _epochs)(run, data, training)
     if run.arm == ROWWISE:
         result["squares"] = _squares_by_count(training, data)
     return result
 
 
-def _stream(run: Run, data: Dataset, training: Training) -> tuple[Measures, Curve]:
+def _stream(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
     """Predict-then-train over the stream, then the samples after it."""
     predicted = []
     for batch in data.train(run.batch_size, run.seed):
         step = _step(training, batch)
         if step is None:
-            return {}, []
+            return {"measures": {}}
         predicted.append(step)
     figures = stream.figures(predicted)
     after = {"by": figures["by"], **_evaluate(training, data, "valid", "test")}
-    return {STREAM: figures, AFTER: after}, stream.curve(predicted)
+    return {"measures": {STREAM: figures, AFTER: after}, "curve": stream.curve(predicted)}
 
 
-def _epochs(run: Run, data: Dataset, training: Training) -> tuple[Measures, Curve]:
-    """Validation AUC after each quarter of the first epoch, test figures after each epoch."""
-    measures: Measures = {}
-    curve: Curve = []
-    steps = data.steps(run.batch_size)
-    quarters = {steps * part // EVALUATIONS for part in range(1, EVALUATIONS)}
+def _epochs(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
+    """Shuffled epochs: lr is chosen on the validation split, the test split is judged."""
+    measures: dict[str, dict[str, float]] = {}
     for epoch in range(run.epochs):
-        for step, batch in enumerate(data.train(run.batch_size, 1000 * run.seed + epoch), start=1):
+        for batch in data.train(run.batch_size, 1000 * run.seed + epoch):
             if _step(training, batch) is None:
-                return measures, curve
-            if epoch == 0 and step in quarters:
-                curve.append((step, _evaluate(training, data, "valid")["auc"]))
-        chosen_by = _evaluate(training, data, "valid")["auc"]
-        curve.append((steps * (epoch + 1), chosen_by))
-        test = _evaluate(training, data, "test")
-        measures[f"epoch {epoch + 1}"] = {"by": chosen_by, **test}
-    return measures, curve
+                return {"measures": measures}
+        chosen_by = {"by": _evaluate(training, data, "valid")["auc"]}
+        measures[f"epoch {epoch + 1}"] = chosen_by | _evaluate(training, data, "test")
+    return {"measures": measures}
 
 
 def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:

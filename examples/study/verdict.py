@@ -13,10 +13,10 @@ and DLRM on MovieLens-100K in the order of time, all at batch 256. Of several, t
 most on the drifts; if there is none, no half-life is recommended.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from examples.study.compare import Arms, Difference, Settings, gain
 from examples.study.config import FREQUENCY, HALF_LIVES, OWN_WEIGHT, OWN_WEIGHTS, weighted
@@ -49,40 +49,37 @@ def cases(
 
 def own_weight_cases(settings: Settings) -> dict[int, Cases]:
     """What each candidate gains over own_weight 1 where the rule looks."""
+    arms = {weight: weighted(weight).label for weight in OWN_WEIGHTS}
     return {
-        weight: cases(
-            settings,
-            CHOOSE_OWN_WEIGHT[0],
-            functools.partial(gain, label=weighted(weight).label, over=weighted(1).label),
-        )
-        for weight in OWN_WEIGHTS
+        weight: cases(settings, CHOOSE_OWN_WEIGHT[0], partial(gain, label=arm, over=arms[1]))
+        for weight, arm in arms.items()
     }
 
 
 def settle_own_weight(settings: Settings) -> int | None:
     """The rule's choice; None while a task that chooses is not complete."""
-    candidates = own_weight_cases(settings)
-    if any(len(found) < CHOOSE_OWN_WEIGHT[1] for found in candidates.values()):
+    lost = {
+        weight: -min(case.mean for case in found.values())
+        for weight, found in own_weight_cases(settings).items()
+        if len(found) == CHOOSE_OWN_WEIGHT[1]
+    }
+    if len(lost) < len(OWN_WEIGHTS):
         return None
-    return max(
-        weight
-        for weight, found in candidates.items()
-        if min(case.mean for case in found.values()) >= -OWN_WEIGHT_MAY_COST
-    )
+    return max(weight for weight in lost if lost[weight] <= OWN_WEIGHT_MAY_COST)
 
 
 def half_life_cases(settings: Settings, chosen: str) -> dict[int, Cases]:
     """What each half-life gains over none."""
     arms = {steps: weighted(OWN_WEIGHT, half_life=steps).label for steps in HALF_LIVES}
     return {
-        steps: cases(settings, chosen, functools.partial(gain, label=arm, over=FREQUENCY.label))
+        steps: cases(settings, chosen, partial(gain, label=arm, over=FREQUENCY.label))
         for steps, arm in arms.items()
     }
 
 
 def settle_half_life(settings: Settings) -> str:
     """The rule's choice, in words."""
-    gains: dict[int, float] = {}
+    gains = {}
     drifting, steady = (half_life_cases(settings, rule[0]) for rule in (DRIFTING, STEADY))
     for steps in HALF_LIVES:
         drifts, others = drifting[steps].values(), steady[steps].values()
@@ -91,7 +88,7 @@ def settle_half_life(settings: Settings) -> str:
         helps = all(case.mean >= HALF_LIFE_GAINS * case.error for case in drifts)
         if helps and min(case.mean for case in others) >= -HALF_LIFE_MAY_COST:
             gains[steps] = sum(case.mean for case in drifts)
-    return f"{max(gains, key=gains.__getitem__)} steps" if gains else "none"
+    return f"{max(gains, key=lambda steps: gains[steps])} steps" if gains else "none"
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,8 @@ class Target:
     difference: Callable[[Arms, str], Difference | None] = gain
 
 
-_at_their_lr = functools.partial(gain, at_their_lr=True)
-_at_3_times = functools.partial(gain, times=STRESS[0])
+_at_their_lr = partial(gain, at_their_lr=True)
+_at_3_times = partial(gain, times=STRESS[0])
 TARGETS = (
     Target("first epoch: at most 0.001 behind", -0.001, "epoch 1"),
     Target("the same at row-wise Adagrad's lr: 0.0015", -0.0015, "epoch 1", _at_their_lr),
