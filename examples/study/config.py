@@ -141,7 +141,6 @@ _CHOOSING = (
     *(replace(stream, batch_size=1024) for stream in _STREAMS),
     *(_FM, _FM_1024, _FM_4096),
 )
-_JUDGING = (_CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM)
 
 
 def _with(arms: tuple[Arm, ...], *experiments: Experiment) -> list[Experiment]:
@@ -153,10 +152,11 @@ QUICK = (*_STREAMS, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS)
 FULL = (
     *QUICK,
     *_with((*CANDIDATES, ROWWISE), *_CHOOSING),
-    *_with(MAIN, *_JUDGING, _DEEP_FM),
-    *_with(SPREAD, *_JUDGING[:4]),
-    *_with(AGEING, *_DRIFTS, _FM_TIME, _DLRM_TIME, _FM, _CLICKS_25),
-    *_with(RIVALS, _FM_TIME, _DLRM_TIME, _FM, _FM_1024, _FM_4096, *_JUDGING),
+    *_with(MAIN, _CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM, _DEEP_FM),
+    *_with(AGEING, *_DRIFTS, _FM_TIME, _DLRM_TIME, _FM),
+    *_with((CLIPPED,), _FM_TIME, _DLRM_TIME, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM),
+    *_with(SPREAD, _CLICKS_4, _DRIFTS[1]),
+    *_with(RIVALS, _FM_TIME, _FM, _CLICKS_4),
     *_with(VARIANTS, _FM),
     *_with((*MAIN, CLIPPED), _LARGE, *_WHERE_PRESENT),
 )
