@@ -141,9 +141,8 @@ def _single_ids(
     return batch
 
 
-@functools.cache
-def load(name: str, folder: Path) -> Dataset | None:
-    """A data set of the study; None if it has to be put into `folder` by hand and is not there.
+def find(name: str, folder: Path) -> Path | None:
+    """The files of a data set, made first where they can be; None if they are not in `folder`.
 
     Args:
         name: a planted task, "criteo", or "ml-100k" or "ml-1m", with "-time" for the order of time
@@ -154,8 +153,15 @@ def load(name: str, folder: Path) -> Dataset | None:
         planted.generate(planted.TASKS[name], path)
     elif path.name == "ml-100k":
         movielens.fetch(path)
-    elif not path.exists():
-        return None
+    return path if path.exists() else None
+
+
+@functools.cache
+def load(name: str, folder: Path) -> Dataset:
+    """A data set that `find` finds."""
+    path = find(name, folder)
+    if path is None:
+        raise FileNotFoundError(f"{folder} does not hold {name}.")
     if path.name.startswith("ml-"):
         return movielens_data(path, in_time=in_time(name), ids_only=name.endswith("-ids"))
     return criteo_data(path, in_time=in_time(name))

@@ -15,7 +15,7 @@ from torch.distributed import HashStore
 from tqdm import tqdm
 
 from examples.study.config import Experiment, Run
-from examples.study.data import load
+from examples.study.data import find
 from examples.study.results import Result, Results
 from examples.study.sweep import Sweep
 from examples.study.train import train
@@ -32,7 +32,7 @@ def run_all(
     """
     chosen = []
     for experiment in experiments:
-        if load(experiment.data, folder) is None:
+        if find(experiment.data, folder) is None:
             print(f"Left out {experiment.setting}: {folder} does not hold it.")
         else:
             chosen.append(experiment)

@@ -77,7 +77,7 @@ class Sweep:
         tried = self.tried(results)
         scores = [mean_scores(tried, measure) for measure in self.experiment.measures]
         wanted = {e for found in scores for e in next_exponents(found, self.arm.start)}
-        if not wanted and self.arm in self.experiment.stressed:
+        if not wanted and self.experiment.stressed:
             wanted = {min(best_of(scores[0]) + steps, HIGHEST) for steps in STRESS}
             first = self.experiment.measures[0]
             theirs = Sweep(self.experiment, ROWWISE).best(results, first)

@@ -123,7 +123,6 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     are missing. A stream's "curve" is AUC by steps.
     """
     data = load(run.data, folder)
-    assert data is not None, f"{run.data} is not in {folder}"
     training = build(run, data)
     result = run.key() | (_stream if data.in_time else _epochs)(run, data, training)
     if run.arm == ROWWISE:
