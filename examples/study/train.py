@@ -53,6 +53,8 @@ class FM(nn.Module):
         self.embeddings = tables
         self.dense = nn.Linear(dense, EMBEDDING_DIM)
         self.bias = nn.Parameter(torch.zeros(()))
+        for table in tables.parameters():
+            nn.init.normal_(table, std=0.01)  # TorchRec's 1 / sqrt(rows) is large for small tables
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         pooled = self.embeddings(sparse).values().unflatten(1, (-1, EMBEDDING_DIM))
