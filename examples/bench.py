@@ -54,7 +54,7 @@ from tqdm import tqdm
 from examples.dlrm import optimizer_bytes
 from torchrec_freq import FrequencyConfig, FrequencySGD
 from torchrec_freq.planner import make_planner
-from torchrec_freq.tbe import FrequencyTBE
+from torchrec_freq.engine.tbe import FrequencyTBE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCHES = 4  # different batches that take turns
@@ -69,7 +69,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 # The kernels of FBGEMM; ours and its counter mode are built on another one.
 TBE_OPTIMIZERS = {
     BASE: EmbOptimType.EXACT_SGD,
-    "FrequencySGD": EmbOptimType.EXACT_SGD,
+    "FrequencySGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "COUNTER_SGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "RowWiseAdagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "Adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -299,7 +299,7 @@ def _tbe(optimizer: str, shape: Shape, device: torch.device) -> Any:
 
 def _tbe_state_bytes(tbe: Any) -> int:
     if isinstance(tbe, FrequencyTBE):
-        return tbe.group.counters.counts.nbytes
+        return tbe.counts.nbytes
     if tbe.optimizer == EmbOptimType.EXACT_SGD:
         return 0
     states = tbe.get_optimizer_state()

@@ -33,53 +33,64 @@ class ReferenceTable:
     features: list[str]
     pooling: str = "sum"  # or "mean", or "none": the feature's output has a row a lookup
     count: str = "samples"
-    min_count: float = 10
+    own_weight: float = 5
     half_life: int | None = None
-    coherence: float = 0.03
     normalize: str | None = "table"
+    min_count: float = 1
+    eps: float = 1e-8
+    shard_columns: list[int] = field(default_factory=list)  # each by its own square; [] for one
+    count_all: bool = False  # a variable batch does not show which bags have a gradient
     counts: Counter[int] = field(default_factory=Counter)
-    steps: int = 0
-    trained: int = 0
     squares: float = 0.0
-    elements: int = 0
-    outputs_are_lookups: bool = False  # what an optimizer sees that is given gradients alone
-    output_squares: float = 0.0
-    output_elements: int = 0
+    total: float = 0.0  # sum of the counts, halved without rounding
+    occurrences: float = 0.0
+    age: int = 0
 
     def __post_init__(self) -> None:
         self.weight = self.weight.detach().double().clone()
 
-    def update(self, lookups: list[tuple[int, Tensor]], outputs: list[Tensor], lr: float) -> None:
-        """One step, from the row and the gradient of each lookup, and the outputs' gradients."""
-        if self.outputs_are_lookups:
-            outputs = [gradient for _, gradient in lookups]
-        ratio = 1.0
-        if self.elements and self.output_squares:
-            ratio = self.squares / self.elements * self.output_elements / self.output_squares
-        self.output_squares += sum(float(gradient.square().sum()) for gradient in outputs)
-        self.output_elements += sum(gradient.numel() for gradient in outputs)
-        scale = math.inf
-        if self.output_squares and ratio:  # nothing moves before there is a gradient
-            scale = math.sqrt(ratio * self.output_squares / self.output_elements)
-        if self.normalize is None:
-            scale = 1.0
+    def update(self, lookups: list[tuple[str, int, Tensor]], lr: float) -> None:
+        """One step, from the feature, the row and the gradient of each lookup."""
+        trained = {feature for feature, _, gradient in lookups if gradient.any()}
+        # A lookup without a gradient does not count, nor does a feature without one where column
+        # shards cannot tell which lookups have none.
+        rows = [
+            row
+            for feature, row, gradient in lookups
+            if self.count_all
+            or (feature in trained if self.shard_columns else bool(gradient.any()))
+        ]
+        per_count = self.squares / self.total if self.total else 0.0
+        cap = 1000 * self.squares / self.occurrences if self.squares else math.inf
         if self.count != "frozen":
-            self.steps += 1
-            rows = [row for row, _ in lookups]
-            self.counts.update(rows if self.count == "samples" else set(rows))
+            added = Counter(rows if self.count == "samples" else set(rows))
+            self.counts.update(added)
+            self.total += sum(added.values())
+        occurrences = Counter(rows)
         gradients: dict[int, Tensor] = {}
-        for row, gradient in lookups:
+        for _, row, gradient in lookups:
             gradients[row] = gradients.get(row, torch.zeros_like(gradient)) + gradient
-            self.squares += float(gradient.square().sum())
-            self.elements += gradient.numel()
         for row, gradient in gradients.items():
-            count = self.counts[row]
-            effective = count + self.coherence * count * count / max(self.steps, 1)
-            self.weight[row] -= lr / (scale * math.sqrt(max(effective, self.min_count))) * gradient
-        self.trained += 1
-        if self.half_life is not None and self.trained % self.half_life == 0:
+            if not occurrences[row]:
+                continue
+            columns = self.shard_columns or [len(gradient)]
+            parts = torch.split(gradient, columns)
+            own = torch.cat([part.square().mean().expand(len(part)) for part in parts])
+            if self.normalize is None:
+                root = torch.tensor(max(self.counts[row], self.min_count)).double().sqrt()
+            else:
+                root = ((per_count * self.counts[row] + self.own_weight * own) / 2).sqrt()
+            self.weight[row] -= lr / (root + self.eps) * gradient
+            square = float(gradient.square().mean())
+            if math.isfinite(square) and self.normalize is not None:
+                self.squares += min(square, cap * occurrences[row])
+        self.occurrences += len(rows)
+        self.age += 1
+        if self.half_life is not None and self.age >= self.half_life:
+            self.age = 0
             self.counts = Counter({row: count // 2 for row, count in self.counts.items()})
-            self.steps //= 2
+            self.squares, self.total = self.squares / 2, self.total / 2
+            self.occurrences /= 2
 
     def count_tensor(self) -> Tensor:
         return torch.tensor([self.counts[row] for row in range(len(self.weight))])
@@ -106,7 +117,7 @@ class ReferenceModel:
         """
         by_name = {feature.name: feature for feature in features}
         outputs: dict[str, Tensor] = {}
-        leaves: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in self.tables}
+        leaves: dict[str, list[tuple[str, int, Tensor]]] = {name: [] for name in self.tables}
         for name, table in self.tables.items():
             columns = table.weight.shape[1]
             for feature_name in table.features:
@@ -117,26 +128,26 @@ class ReferenceModel:
                     total = torch.zeros(table.weight.shape[1], dtype=torch.float64)
                     for i, row in enumerate(bag):
                         leaf = table.weight[row].clone().requires_grad_()
-                        leaves[name].append((row, leaf))
+                        leaves[name].append((feature_name, row, leaf))
                         weight = feature.weights[b][i] if feature.weights else 1.0
                         total = total + leaf * weight
                     pooled.append(total / len(bag) if table.pooling == "mean" and bag else total)
                 if table.pooling == "none":
-                    pooled = [leaf for _, leaf in leaves[name][first:]]
+                    pooled = [leaf for _, _, leaf in leaves[name][first:]]
                 output = torch.stack(pooled) if pooled else torch.zeros(0, columns)
                 if sample_bag is not None:
                     output = output[sample_bag[feature_name]]
-                # Its gradient is that of the output, also where there is no lookup.
-                outputs[feature_name] = output + torch.zeros_like(output, requires_grad=True)
-                outputs[feature_name].retain_grad()
+                outputs[feature_name] = output
         value = loss(outputs)
-        value.backward()
+        if value.requires_grad:  # no feature was looked up
+            value.backward()
         for name, table in self.tables.items():
             # A table that is not looked up still takes part in the step.
-            gradients = [outputs[feature].grad for feature in table.features]
             table.update(
-                [(row, leaf.grad) for row, leaf in leaves[name]],  # type: ignore[misc]
-                [gradient for gradient in gradients if gradient is not None],
+                [
+                    (feature, row, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+                    for feature, row, leaf in leaves[name]
+                ],
                 self.lr,
             )
         return float(value.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torchrec.distributed.sharding_plan import column_wise
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_freq import row_counts
-from torchrec_freq.register import frequency_modules
-from torchrec_freq.row_state import RowShard, RowState
+from torchrec_freq.sharded.install import frequency_modules
+from torchrec_freq.sharded.row_state import RowShard, RowState
 
 TABLES = [
     TableSpec("a", 12, 16, ["f0"]),
@@ -64,10 +65,10 @@ def check_state(pair: Pair) -> None:
     ((_, tables),) = frequency_modules(pair.model)
     for name, table in pair.reference.tables.items():
         state = tables.read(name)
-        assert state.steps.tolist() == [table.steps, table.trained % 3], name
-        sums = [table.squares, table.elements, table.output_squares, table.output_elements]
+        assert state.age == table.age, name
+        sums = [2.0, table.squares, table.total, table.occurrences]
         wanted = torch.tensor(sums, dtype=torch.float64)
-        torch.testing.assert_close(state.scale, wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(state.totals, wanted, rtol=1e-6, atol=0)
 
 
 def train_and_save(kind: str, ranks: int, folder: Path) -> None:
@@ -76,13 +77,17 @@ def train_and_save(kind: str, ranks: int, folder: Path) -> None:
         pair.step(per_rank=GLOBAL_BATCH // ranks)
     check_state(pair)
     dcp.save(state_of(pair.model), checkpoint_id=folder / f"{kind} {ranks}")
+    columns = json.dumps(pair.model.column_shards)
+    (folder / f"{kind} {ranks}" / "columns.json").write_text(columns)
 
 
 def load_and_train(kind: str, ranks: int, folder: Path) -> None:
     for source in sorted(folder.iterdir()):
         pair = Pair(TABLES, plan_of(kind, ranks), OPTIONS)
+        pair.split_reference(json.loads((source / "columns.json").read_text()))
         for _ in range(STEPS):
             pair.step_reference(GLOBAL_BATCH)
+        pair.split_reference(pair.model.column_shards)
         restore(pair.model, source)
         check_state(pair)
         # Through the next halving, at step 6.
@@ -110,12 +115,12 @@ def test_through_a_model_with_dtensors(kind: str, tmp_path: Path) -> None:
     dcp.save(state_of(first.model), checkpoint_id=tmp_path / "first")
     second = Pair(TABLES, plan_of(kind, 2), OPTIONS, dtensor=True)
     restore(second.model, tmp_path / "first")
-    second.rng, second.reference = first.rng, first.reference
+    second.go_on(first)
     second.step()
     dcp.save(state_of(second.model), checkpoint_id=tmp_path / "second")
     third = Pair(TABLES, plan_of("four columns", 2), OPTIONS)
     restore(third.model, tmp_path / "second")
-    third.rng, third.reference = second.rng, second.reference
+    third.go_on(second)
     check_state(third)
     third.step()
     check_state(third)
@@ -175,7 +180,7 @@ def test_torch_save_and_deepcopy(kind: str) -> None:
         for name, now in row_counts(pair.model).items():
             assert torch.equal(counts[name], now)
         ((_, tables),) = frequency_modules(pair.model)
-        assert {tables.steps(name) for name in tables.tables} == {2}
+        assert {tables.read(name).age for name in tables.tables} == {2}
 
 
 @on_ranks(2)
@@ -223,6 +228,52 @@ def test_states_of_other_optimizers_are_refused(tmp_path: Path) -> None:
     # The weights alone load, and the counts start from zero.
     weights = {"model": pair.model.state_dict()}
     dcp.load(weights, checkpoint_id=tmp_path)
+    pair.step()
+    pair.check()
+
+
+@on_ranks(2)
+def test_a_state_of_version_0_1_is_refused(tmp_path: Path) -> None:
+    pair = Pair(TABLES, plan_of("row_wise", 2))
+    state = copy.deepcopy(pair.model.fused_optimizer.state_dict())
+    for states in state["state"].values():
+        for key in [key for key in states if not key.endswith("row_counter")]:
+            table = key.split(".")[0]
+            del states[key]
+            states[f"{table}.table_scale"] = torch.zeros(4, dtype=torch.float64)
+            states[f"{table}.row_counter_steps"] = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"'a' is of torchrec_freq 0\.1.*load_row_counts"):
+        pair.model.fused_optimizer.load_state_dict(state)
+    dcp.save({"optimizer": state}, checkpoint_id=tmp_path)
+    with pytest.raises(CheckpointException, match="Missing key.*table_totals"):
+        dcp.load({"optimizer": pair.model.fused_optimizer.state_dict()}, checkpoint_id=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("row_counter", -1, "-1"),
+        ("row_counter", 2**30 + 1, str(2**30 + 1)),
+        ("table_totals", torch.tensor([2.0, torch.nan, 1.0, 1.0]), "finite"),
+        ("table_totals", torch.tensor([7.0, 1.0, 1.0, 1.0]), "format 2"),
+        ("row_counter_age", -3, "-3"),
+    ],
+)
+@on_ranks(1)
+def test_a_damaged_state_is_refused(key: str, value: Any, message: str) -> None:
+    pair = Pair(TABLES, plan_of("table_wise", 1))
+    pair.step()
+    optimizer = pair.model.fused_optimizer
+    state = copy.deepcopy(optimizer.state_dict())
+    states = state["state"]["embedding_bags.c.weight"]
+    if isinstance(value, int):
+        parts = states[f"c.{key}"]
+        for part in [s.tensor for s in parts.shards] if hasattr(parts, "shards") else [parts]:
+            part[0] = value
+    else:
+        states[f"c.{key}"] = value
+    with pytest.raises(ValueError, match=f"'c'.*{message}"):
+        optimizer.load_state_dict(state)
     pair.step()
     pair.check()
 

@@ -57,12 +57,12 @@ def test_what_is_missing_comes_with_a_command(here: list[dict[str, Any]]) -> Non
             "table-wise: weights differ by up to",
         ),
         (
-            "from torchrec_freq.counters import RowCounters\n"
+            "from torchrec_freq.engine.counters import RowCounters\n"
             "RowCounters.add = lambda *inputs: None",
             "row-wise: the counts are wrong",
         ),
         (
-            "from torchrec_freq.tbe import FrequencyTBE\n"
+            "from torchrec_freq.engine.tbe import FrequencyTBE\n"
             "def fail(*inputs, **options): raise RuntimeError('no such kernel')\n"
             "FrequencyTBE.forward = fail",
             "table-wise: RuntimeError: no such kernel",

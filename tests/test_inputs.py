@@ -61,6 +61,25 @@ def lookup_loss(outputs: dict[str, Tensor], samples: int) -> Tensor:
     return total
 
 
+def sequence_collection(
+    tables: list[TableSpec],
+) -> tuple[EmbeddingCollection, dict[str, Tensor]]:
+    collection = EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(
+                name=t.name,
+                num_embeddings=t.rows,
+                embedding_dim=t.columns,
+                feature_names=t.features,
+                init_fn=lambda w: nn.init.uniform_(w, -0.2, 0.2),
+            )
+            for t in tables
+        ]
+    )
+    weights = {t.name: collection.embeddings[t.name].weight.detach() for t in tables}
+    return collection, weights
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"count": "batches", "half_life": 2}], ids=["full", "other"]
 )
@@ -80,24 +99,14 @@ def test_sequence_tables(kind: str, options: dict[str, Any]) -> None:
     rng = random.Random(0)
     # TorchRec's sequence collections want one width.
     tables = [TableSpec(t.name, t.rows, 16, t.features) for t in TABLES]
-    collection = EmbeddingCollection(
-        tables=[
-            EmbeddingConfig(
-                name=t.name,
-                num_embeddings=t.rows,
-                embedding_dim=t.columns,
-                feature_names=t.features,
-                init_fn=lambda w: nn.init.uniform_(w, -0.2, 0.2),
-            )
-            for t in tables
-        ]
-    )
-    weights = {t.name: collection.embeddings[t.name].weight.detach() for t in tables}
+    collection, weights = sequence_collection(tables)
     reference = ReferenceModel(
         {t.name: ReferenceTable(weights[t.name], t.features, "none", **options) for t in tables}, LR
     )
     apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR, **options})
     model = shard(collection, make_plan(kind, tables, 2), EmbeddingCollectionSharder(), weights)
+    for name, columns in model.column_shards.items():
+        reference.tables[name].shard_columns = columns
     rank, size = dist.get_rank(), 3
     for step in range(5):
         skip = {1: "f1", 3: "f0"}.get(step)
@@ -105,6 +114,33 @@ def test_sequence_tables(kind: str, options: dict[str, Any]) -> None:
         output = model(to_kjt(features, slice(rank * size, (rank + 1) * size)))
         lookup_loss({name: jt.values() for name, jt in output.items()}, size).backward()
         reference.step(features, lambda outputs: lookup_loss(outputs, 2 * size))
+        compare(model, reference)
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])
+@on_ranks(2)
+def test_sequence_tables_that_the_loss_leaves_out(kind: str) -> None:
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tables = [TableSpec(t.name, t.rows, 16, t.features) for t in TABLES]
+    collection, weights = sequence_collection(tables)
+    reference = ReferenceModel(
+        {t.name: ReferenceTable(weights[t.name], t.features, "none") for t in tables}, LR
+    )
+    apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR})
+    model = shard(collection, make_plan(kind, tables, 2), EmbeddingCollectionSharder(), weights)
+    for name, columns in model.column_shards.items():
+        reference.tables[name].shard_columns = columns
+    rank, size = dist.get_rank(), 3
+    for unused in ("f1", "f0", None, "f3", "f2"):
+        features = make_batch(rng, tables, 2 * size)
+
+        def loss(outputs: dict[str, Tensor], samples: int, unused: Any = unused) -> Tensor:
+            return lookup_loss({k: v for k, v in outputs.items() if k != unused}, samples)
+
+        output = model(to_kjt(features, slice(rank * size, (rank + 1) * size)))
+        loss({name: jt.values() for name, jt in output.items()}, size).backward()
+        reference.step(features, lambda outputs, loss=loss: loss(outputs, 2 * size))  # type: ignore[misc]
         compare(model, reference)
 
 
@@ -143,11 +179,17 @@ def test_variable_batch_per_feature(kind: str, mean: bool) -> None:
     weights = {t.name: collection.embedding_bags[t.name].weight.detach() for t in tables}
     pooling = "mean" if mean else "sum"
     reference = ReferenceModel(
-        {t.name: ReferenceTable(weights[t.name], t.features, pooling) for t in tables}, LR
+        {
+            t.name: ReferenceTable(weights[t.name], t.features, pooling, count_all=True)
+            for t in tables
+        },
+        LR,
     )
     apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR})
     plan = make_plan(kind, tables, ranks)
     model = shard(collection, plan, EmbeddingBagCollectionSharder(), weights)
+    for name, columns in model.column_shards.items():
+        reference.tables[name].shard_columns = columns
     for _ in range(5):
         features, inverses = variable_batch(rng, tables, size, ranks)
         kjt = to_kjt(features[rank])
@@ -177,7 +219,7 @@ def test_variable_batch_per_feature(kind: str, mean: bool) -> None:
 def constant_rate(optimizer: Any) -> dict[str, Any]:
     """Options under which FrequencySGD is SGD: up to 256 occurrences its multiplier is 1/16."""
     if optimizer is FrequencySGD:
-        return {"lr": 16 * LR, "min_count": 256, "coherence": 0, "normalize": None}
+        return {"lr": 16 * LR, "min_count": 256, "normalize": None}
     return {"lr": LR}
 
 
@@ -266,8 +308,8 @@ def test_equal_table_names_in_two_collections() -> None:
     assert list(counts) == ["first.a", "b", "c", "second.a", "z"]
     assert counts["first.a"].sum() == counts["second.a"].sum() > 0
     assert counts["c"].sum() == counts["z"].sum() > 0
-    load_row_counts(model, {"second.a": torch.arange(5)}, steps=3)
+    load_row_counts(model, {"second.a": torch.arange(5)})
     assert row_counts(model)["second.a"].tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(row_counts(model)["first.a"], counts["first.a"])
     with pytest.raises(ValueError, match="first.a"):
-        load_row_counts(model, {"a": torch.arange(5)}, steps=3)
+        load_row_counts(model, {"a": torch.arange(5)})

@@ -22,7 +22,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 import torchrec_freq
 import torchrec_freq.monitor as monitor_module
 from torchrec_freq import COUNT_CEILING, FrequencySGD, TrainingMonitor
-from torchrec_freq.register import frequency_modules
+from torchrec_freq.sharded.install import frequency_modules
 from torchrec_freq.traffic import CountHistogram, bin_counts, sample_bin_counts
 
 RATES = [0.5, 0.25, 0.125]

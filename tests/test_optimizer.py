@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import random
 from typing import Any
 
@@ -21,10 +22,10 @@ from torchrec_freq import FrequencySGD
 
 LR = 0.03
 RULES: dict[str, dict[str, Any]] = {
-    "full": {"min_count": 1},
-    "paper": {"coherence": 0.0, "min_count": 1, "normalize": None},
-    "batches": {"count": "batches", "coherence": 0.0, "min_count": 1, "normalize": None},
-    "half-life": {"half_life": 2, "min_count": 2},
+    "full": {},
+    "paper": {"normalize": None},
+    "batches": {"count": "batches", "own_weight": 1},
+    "half-life": {"half_life": 2},
 }
 
 
@@ -40,7 +41,6 @@ def test_sparse_gradient(rule: str, mean: bool) -> None:
     nn.init.uniform_(table.weight, -0.2, 0.2)
     optimizer = FrequencySGD(table.parameters(), lr=LR, **RULES[rule])
     whole = ReferenceTable(table.weight, ["f0"], "mean" if mean else "sum", **RULES[rule])
-    whole.outputs_are_lookups = True
     reference = ReferenceModel({"a": whole}, LR)
     for _ in range(6):
         features = make_batch(rng, [spec], 5)
@@ -54,20 +54,20 @@ def test_sparse_gradient(rule: str, mean: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_dense_presence_equals_sparse(sparse: bool) -> None:
-    torch.manual_seed(0)
-    table = nn.Embedding(6, 4, sparse=sparse)
-    nn.init.constant_(table.weight, 0.5)
-    optimizer = FrequencySGD(
-        table.parameters(), lr=0.1, count="batches", coherence=0, min_count=1, normalize=None
-    )
-    for ids in ([0, 0, 3], [3, 4], [0]):
-        optimizer.zero_grad()
-        table(torch.tensor(ids)).sum().backward()
-        optimizer.step()
-    by_hand = 0.5 - 0.1 * torch.tensor([2 + 2**-0.5, 0, 0, 1 + 2**-0.5, 1, 0])
-    torch.testing.assert_close(table.weight.detach(), by_hand.unsqueeze(1).expand(6, 4))
+@pytest.mark.parametrize("options", [{}, {"normalize": None}], ids=["table", "paper"])
+def test_dense_presence_equals_sparse(options: dict[str, Any]) -> None:
+    trained = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(6, 4, sparse=sparse)
+        optimizer = FrequencySGD(table.parameters(), lr=0.1, count="batches", **options)
+        for ids in ([0, 0, 3], [3, 4], [0]):
+            optimizer.zero_grad()
+            table(torch.tensor(ids)).square().sum().backward()
+            optimizer.step()
+        assert optimizer.state[table.weight]["row_counter"].tolist() == [2, 0, 0, 2, 1, 0]
+        trained.append(table.weight.detach())
+    torch.testing.assert_close(*trained, rtol=1e-6, atol=1e-7)
 
 
 def test_gradients_that_hide_what_the_rule_needs() -> None:
@@ -76,12 +76,10 @@ def test_gradients_that_hide_what_the_rule_needs() -> None:
     before = table.weight.detach().clone()
     with pytest.raises(RuntimeError, match="sparse=True"):
         FrequencySGD(table.parameters(), lr=0.1).step()
-    with pytest.raises(RuntimeError, match="normalize=None"):
-        FrequencySGD(table.parameters(), lr=0.1, count="batches").step()
     table = nn.Embedding.from_pretrained(before.clone(), freeze=False, sparse=True)
     table(torch.tensor([1, 1])).sum().backward()
     table.weight.grad = table.weight.grad.coalesce()
-    FrequencySGD(table.parameters(), lr=0.0, normalize=None).step()  # one row: nothing to lose
+    FrequencySGD(table.parameters(), lr=0.0).step()  # one row: as one lookup makes it
     table(torch.tensor([1, 2, 2])).sum().backward()
     table.weight.grad = table.weight.grad.coalesce()
     with pytest.raises(RuntimeError, match="coalesce"):
@@ -96,8 +94,6 @@ def test_groups_and_closure() -> None:
     optimizer = FrequencySGD(
         [{"params": slow.parameters(), "lr": 0.1}, {"params": fast.parameters()}],
         lr=1.0,
-        coherence=0,
-        min_count=1,
         normalize=None,
     )
 
@@ -158,6 +154,53 @@ def test_state_round_trip(route: str) -> None:
         assert value.dtype == resumed.state[other.weight][key].dtype
 
 
+def trained(**options: Any) -> tuple[nn.Embedding, FrequencySGD]:
+    torch.manual_seed(0)
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = FrequencySGD(table.parameters(), lr=0.1, **options)
+    for ids in ([1, 1, 3], [3, 9]):
+        optimizer.zero_grad()
+        table(torch.tensor(ids)).square().sum().backward()
+        optimizer.step()
+    return table, optimizer
+
+
+def test_deepcopy_and_pickle_go_on() -> None:
+    tables = []
+    for copied in (lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        table, optimizer = copied(trained(half_life=3))
+        for ids in ([1, 1, 3], [3, 9]):
+            optimizer.zero_grad()
+            table(torch.tensor(ids)).square().sum().backward()
+            optimizer.step()
+        tables.append(table.weight.detach())
+    assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
+
+
+BROKEN: dict[str, tuple[str, Any, str]] = {
+    "NaN": ("row_counter", torch.full((10,), torch.nan), "whole"),
+    "negative": ("row_counter", torch.full((10,), -1), "-1"),
+    "too large": ("row_counter", torch.full((10,), 2**40), str(2**40)),
+    "one row": ("row_counter", torch.ones(1, dtype=torch.int32), "10 rows"),
+    "totals": ("table_totals", torch.tensor([2.0, -1.0, 1.0, 1.0]), "at least 0"),
+    "format": ("table_totals", torch.tensor([3.0, 1.0, 1.0, 1.0]), "format 2"),
+    "age": ("row_counter_age", torch.tensor([-1]), "at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_damaged_state_is_refused(case: str) -> None:
+    key, value, message = BROKEN[case]
+    _, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(state)
+    state["state"][0][key] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    for name, kept in optimizer.state_dict()["state"][0].items():
+        assert torch.equal(kept, before["state"][0][name])
+
+
 def test_state_of_another_optimizer_is_refused() -> None:
     table = nn.Embedding(3, 2, sparse=True)
     adagrad = torch.optim.Adagrad(table.parameters())
@@ -168,6 +211,25 @@ def test_state_of_another_optimizer_is_refused() -> None:
 
 def test_options_of_a_group_are_checked() -> None:
     table = nn.Embedding(3, 2)
-    group = {"params": table.parameters(), "coherence": -1}
-    with pytest.raises(ValueError, match="coherence"):
-        FrequencySGD([group], lr=0.1)
+    for wrong in ({"own_weight": -1}, {"coherence": 0.1}, {"momentum": 0.9}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            FrequencySGD([{"params": table.parameters(), **wrong}], lr=0.1)
+
+
+def test_unloaded_frozen_counts_are_refused() -> None:
+    table = nn.Embedding(3, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="frozen"):
+        FrequencySGD(table.parameters(), lr=0.1, count="frozen").step()
+    assert torch.equal(table.weight.detach(), before)
+
+
+def test_a_lookup_without_a_gradient_does_not_count() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    optimizer = FrequencySGD(table.parameters(), lr=0.1)
+    output = table(torch.tensor([1, 1, 2]))
+    (output * torch.tensor([[1.0], [0.0], [0.0]])).sum().backward()
+    optimizer.step()
+    assert optimizer.state[table.weight]["row_counter"].tolist() == [0, 1, 0, 0]
+    assert optimizer.state[table.weight]["table_totals"][1:].tolist() == [1.0, 1.0, 1.0]

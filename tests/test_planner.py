@@ -36,14 +36,14 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import torchrec_freq
 from torchrec_freq import FrequencyConfig, FrequencySGD
+from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.planner import (
     FrequencyStorageEstimator,
     cache_statistics,
     make_planner,
     shard_loads,
 )
-from torchrec_freq.register import frequency_modules
-from torchrec_freq.tbe import FrequencyTBE
+from torchrec_freq.sharded.install import frequency_modules
 
 GIB = 1 << 30
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from torchrec_freq import COUNT_CEILING, commands, save_counts
 from torchrec_freq.__main__ import main
 from torchrec_freq.commands.report import LOAD_FACTORS
-from torchrec_freq.register import frequency_modules
-from torchrec_freq.row_state import RowShard, RowState
+from torchrec_freq.sharded.install import frequency_modules
+from torchrec_freq.sharded.row_state import RowShard, RowState
 from torchrec_freq.stored import open_stored
 from torchrec_freq.traffic import TableTraffic
 

@@ -16,12 +16,13 @@ except _versions.StackError as refusal:
     raise
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.counters import COUNT_CEILING
+from torchrec_freq.engine.counters import COUNT_CEILING
 from torchrec_freq.files import CountsFile, load_counts, save_counts
 from torchrec_freq.monitor import TrainingMonitor
 from torchrec_freq.optimizer import FrequencySGD
-from torchrec_freq.register import fused_params, install
-from torchrec_freq.state import load_row_counts, row_counts
+from torchrec_freq.sharded.counts import load_row_counts, row_counts
+from torchrec_freq.sharded.install import install
+from torchrec_freq.sharded.opt_in import fused_params
 
 install()
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchrec_freq.counters import check_counts
+from torchrec_freq.engine.counters import check_counts
 
 _FORMAT: Final = "torchrec_freq.counts"
 _VERSION: Final = "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.rule import row_multiplier
-from torchrec_freq.state import named_tables
-from torchrec_freq.tables import FrequencyTables
+from torchrec_freq.sharded.counts import named_tables
+from torchrec_freq.sharded.tables import FrequencyTables
+from torchrec_freq.state import TOTALS
 from torchrec_freq.traffic import BINS, CountHistogram, sample_bin_counts
 
 QUANTILES: Final[Mapping[str, float]] = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -39,8 +41,9 @@ class TrainingMonitor:
     - ``item/count_p50``, ``_p90``, ``_p99``, ``_max``: quantiles of the counts of the rows that
       have been seen;
     - ``item/lr_at_p50``, ``_p90``, ``_p99``, ``_max``: learning rate of a row with such a count,
-      ``lr`` times :func:`torchrec_freq.rule.row_multiplier`, with the table's current ``lr``;
-    - ``item/scale``: the table scale ``s_t``, where the table is normalized.
+      as :func:`learning_rates` says, with the table's current ``lr``;
+    - ``item/scale``: root mean square of the gradient of an occurrence, where the table is
+      normalized.
 
     What is not known yet is left out: counts and rates before the first lookup, rates and scale
     before the first gradient. Counts below 128 are exact, larger ones within 1.6%.
@@ -95,32 +98,33 @@ class TrainingMonitor:
     def read(self) -> dict[str, float]:
         """The numbers by name, now and the same on every rank. All ranks must call it."""
         numbers: dict[str, float] = {}
-        sums: dict[FrequencyTables, tuple[Tensor, list[float]]] = {}
+        sums: dict[FrequencyTables, Tensor] = {}
         for name, (handle, table) in named_tables(self._model).items():
             if handle not in sums:
-                sums[handle] = self._sum(handle), handle.scales.inverse().tolist()
-            sums_TX, inverse_T = sums[handle]
+                sums[handle] = self._sum(handle)
             position = list(handle.tables).index(table.name)
-            *bins, steps, lr = sums_TX[position].tolist()
+            *numbers_of_table, lr = sums[handle][position].tolist()
+            bins, totals = numbers_of_table[: 2 * BINS], numbers_of_table[2 * BINS :]
             histogram = CountHistogram.of_bins(torch.tensor(bins, dtype=torch.float64).view(2, -1))
-            values = _numbers(histogram, table.config, steps, inverse_T[position], lr)
+            values = _numbers(histogram, table.config, totals, lr)
             numbers.update({f"{name}/{key}": value for key, value in values.items()})
         return numbers
 
     def _sum(self, handle: FrequencyTables) -> Tensor:
-        """float64 [tables, 2 * BINS + 2] on the CPU: bins, steps, lr; summed over the ranks."""
-        device = handle.scales.totals.device
-        sums_TX = torch.zeros(len(handle.tables), 2 * BINS + 2, dtype=torch.float64, device=device)
+        """float64 [tables, 2 * BINS + 5] on the CPU: bins, totals, lr; summed over the ranks."""
+        handle.totals.settle()
+        values = handle.totals.values
+        sums_TX = values.new_zeros(len(handle.tables), 2 * BINS + TOTALS + 1)
         positions = {name: index for index, name in enumerate(handle.tables)}
         for shard in handle.shards:
             if not shard.primary:
                 continue
             sums_X = sums_TX[positions[shard.table]]
-            counts_R = shard.group.counters.table(shard.index)
+            counts_R = shard.tbe.settled_counts(shard.index)
             bins_2B = sample_bin_counts(counts_R, self._max_rows or counts_R.numel())
-            sums_X[:-2].add_(bins_2B.view(-1))
+            sums_X[: 2 * BINS].add_(bins_2B.view(-1))
             if shard.row_offset == 0:  # of all shards of a table, one
-                sums_X[-2] = int(handle.shard_steps(shard)[0])
+                sums_X[2 * BINS : -1] = handle.table_totals(shard.table)
                 sums_X[-1] = shard.learning_rate()
         handle.reduce(sums_TX, dist.ReduceOp.SUM)
         return sums_TX.cpu()
@@ -129,46 +133,44 @@ class TrainingMonitor:
 def learning_rates(
     config: FrequencyConfig,
     counts: Sequence[float],
-    steps: float,
-    inverse_scale: float | None = None,
+    totals: Sequence[float] | None = None,
     lr: float = 1.0,
 ) -> list[float]:
     """What ``lr`` is for rows with these counts, by :func:`torchrec_freq.rule.row_multiplier`.
 
+    The row's own square is taken to be the mean of an occurrence, ``s ** 2``.
+
     Args:
-        steps: of the table's counts, at least 1.
-        inverse_scale: ``1 / s_t``; not used where the table is not normalized.
+        totals: [4] of the table, see :mod:`torchrec_freq.state`; None where they are not known: the
+            rates are then multiples of ``1 / s``. Not used where the table is not normalized.
     """
+    _, squares, sum_of_counts, occurrences = totals or (0, 1.0, 1.0, 1.0)
     multipliers = row_multiplier(
         config,
         torch.tensor(counts),
-        torch.tensor(float(steps)),
-        None if inverse_scale is None else torch.tensor(inverse_scale),
+        torch.tensor(squares / occurrences),
+        torch.tensor(squares / sum_of_counts),
     )
     return [lr * multiplier for multiplier in multipliers.tolist()]
 
 
 def _numbers(
-    histogram: CountHistogram,
-    config: FrequencyConfig,
-    steps: float,
-    inverse_scale: float,
-    lr: float,
+    histogram: CountHistogram, config: FrequencyConfig, totals: Sequence[float], lr: float
 ) -> dict[str, float]:
     numbers = {
         "rows_seen": histogram.rows_seen / histogram.rows,
         "lookups": histogram.lookups,
         "top_1pct_lookups": histogram.top_share(histogram.rows / 100),
     }
-    known = inverse_scale > 0 or config.normalize is None
+    known = totals[1] > 0 and totals[2] > 0
     if histogram.rows_seen:
         counts = [histogram.quantile(share) for share in QUANTILES.values()]
         numbers |= {f"count_{name}": n for name, n in zip(QUANTILES, counts, strict=True)}
-        if known and steps:
-            rates = learning_rates(config, counts, steps, inverse_scale, lr)
+        if known or config.normalize is None:
+            rates = learning_rates(config, counts, totals if known else None, lr)
             numbers |= {f"lr_at_{name}": r for name, r in zip(QUANTILES, rates, strict=True)}
-    if config.normalize is not None and inverse_scale > 0:
-        numbers["scale"] = 1 / inverse_scale
+    if known and config.normalize is not None:
+        numbers["scale"] = math.sqrt(totals[1] / totals[3])
     return numbers
 
 

@@ -9,23 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_freq.config import FIELDS, FrequencyConfig, check_learning_rate, make_config
-from torchrec_freq.counters import RowCounters
-from torchrec_freq.rule import row_multiplier
-from torchrec_freq.scale import TableScales
-from torchrec_freq.tables import ROW_COUNTER, ROW_COUNTER_STEPS, TABLE_SCALE
+from torchrec_freq.config import (
+    DEFAULT_EPS,
+    DEFAULT_OWN_WEIGHT,
+    FIELDS,
+    CountMode,
+    FrequencyConfig,
+    Normalize,
+    check_learning_rate,
+    config_of,
+    refuse_coherence,
+)
+from torchrec_freq.engine.counters import counted
+from torchrec_freq.engine.totals import TableTotals, TotalsTable
+from torchrec_freq.rule import entering_squares, row_multiplier
+from torchrec_freq.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, check_state
 
 
 class FrequencySGD(torch.optim.Optimizer):
     r"""SGD for embedding tables with a learning rate a row that falls with the row's frequency.
 
     .. math::
-        w_i \leftarrow w_i - \frac{\mathrm{lr}}{s_t \sqrt{\max(e_i, \mathrm{min\_count})}}\, g_i,
-        \qquad e_i = c_i \left(1 + \mathrm{coherence} \cdot \frac{c_i}{n}\right)
+        w_i \leftarrow w_i - \frac{\mathrm{lr}}{\sqrt{v_i} + \mathrm{eps}}\, g_i, \qquad
+        v_i = \tfrac12 \left(G \frac{c_i}{C}
+        + \mathrm{own\_weight} \cdot \mathrm{mean}_d(g_i^2)\right)
 
-    :math:`c_i` is the number of occurrences of row ``i`` so far, this step included, ``n`` the
-    number of steps, :math:`g_i` the gradient of the mean loss of the global batch and :math:`s_t`
-    the scale of the table's gradients (:class:`torchrec_freq.scale.TableScales`).
+    :math:`c_i` is the number of occurrences of row ``i`` so far, this step included, and :math:`C`
+    that of all rows of the table, :math:`g_i` the gradient of the mean loss of the global batch and
+    :math:`G` the sum of :math:`\mathrm{mean}_d(g_i^2)` over the rows and the earlier steps
+    (:mod:`torchrec_freq.rule`).
 
     Its main use is to be named, not stepped: TorchRec's sharded tables take it from
     ``apply_optimizer_in_backward`` and run the rule inside FBGEMM's backward.
@@ -38,29 +50,55 @@ class FrequencySGD(torch.optim.Optimizer):
     ``step()`` applies the same rule to a parameter that is not sharded. It takes what it needs from
     the gradient: a sparse gradient (``sparse=True`` of ``nn.EmbeddingBag`` and ``nn.Embedding``)
     lists every occurrence; a dense one shows only which rows have a gradient, so it serves just
-    ``count="batches"`` or ``"frozen"`` with ``normalize=None``.
+    ``count="batches"`` or ``"frozen"``.
 
     Args:
         params: embedding tables, each [rows, columns], or parameter groups.
         lr: learning rate, at least 0. That of row-wise Adagrad is the place to start.
-        count, min_count, half_life, coherence, normalize: see
-            :class:`torchrec_freq.config.FrequencyConfig`; keyword only.
+        count, half_life, own_weight, normalize, min_count, eps: see
+            :class:`torchrec_freq.FrequencyConfig`.
+        coherence: an option of version 0.1; refused.
 
     Raises:
-        ValueError: an unknown keyword or a wrong value, named with what to give instead.
+        ValueError: a wrong value, named with what to give instead.
 
     Source:
         Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable Benefits",
-        ICLR 2022 (``coherence=0, min_count=1, normalize=None``).
+        ICLR 2022 (``normalize=None``).
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:
-        defaults = dataclasses.asdict(make_config(options))
-        super().__init__(params, {"lr": check_learning_rate(lr), **defaults})
-        self._tables: dict[Tensor, _UnshardedTable] = {}
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        count: CountMode = "samples",
+        half_life: int | None = None,
+        own_weight: float = DEFAULT_OWN_WEIGHT,
+        normalize: Normalize | None = "table",
+        min_count: float = 1,
+        eps: float = DEFAULT_EPS,
+        coherence: None = None,
+    ) -> None:
+        refuse_coherence(coherence)
+        config = FrequencyConfig(
+            count=count,
+            half_life=half_life,
+            own_weight=own_weight,
+            normalize=normalize,
+            min_count=min_count,
+            eps=eps,
+        )
+        defaults = {"lr": check_learning_rate(lr), **dataclasses.asdict(config)}
+        super().__init__(params, defaults)
         for group in self.param_groups:
             check_learning_rate(group["lr"])
-            _config(group)
+            config_of(group)
+            if unknown := group.keys() - {"params", "param_names", *defaults}:
+                raise ValueError(
+                    f"FrequencySGD has no option {', '.join(map(repr, sorted(unknown)))}. "
+                    f"Its options are lr, {', '.join(FIELDS)}."
+                )
             for param in group["params"]:
                 if param.dim() != 2:
                     raise ValueError(
@@ -82,102 +120,92 @@ class FrequencySGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._step(param, param.grad, group)
+                    self._step(param, param.grad, config_of(group), group["lr"])
         return loss
 
-    def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        config = _config(group)
-        if grad.is_sparse:
-            if grad.is_coalesced() and grad._nnz() > 1 and config.count == "samples":
-                raise RuntimeError(
-                    "the sparse gradient was coalesced, which loses how often each row occurred. "
-                    "Do not coalesce or clip it before step(), or use count='batches'."
-                )
-            rows_L, grad_LD = grad._indices()[0], grad._values()
-        else:
-            if not grad.any():
-                # torch.distributed.checkpoint makes such a step to have a state to load into.
-                self.state[param] = self._table(param).state()
-                return
-            if config.count == "samples":
-                raise RuntimeError(
-                    "a dense gradient shows which rows occurred, not how often. Build the table "
-                    "with sparse=True, shard it with TorchRec, or use count='batches'."
-                )
-            if config.normalize is not None:
-                raise RuntimeError(
-                    "a dense gradient is summed over the lookups, which hides their scale. Build "
-                    "the table with sparse=True, shard it with TorchRec, or use normalize=None."
-                )
-            rows_L = grad.any(dim=1).nonzero().squeeze(1)
-            grad_LD = grad.index_select(0, rows_L)
+    def _step(self, param: Tensor, grad: Tensor, config: FrequencyConfig, lr: float) -> None:
+        state = self.state[param]
+        if not state:
+            totals = TableTotals([TotalsTable(1, config)], param.device)
+            state[ROW_COUNTER] = torch.zeros(len(param), dtype=torch.int32, device=param.device)
+            state[TABLE_TOTALS], state[ROW_COUNTER_AGE] = totals.values[0], totals.ages
+        rows_U, occurrences_U, grad_UD = _trained_rows(grad, config)
+        if len(rows_U) == 0:
+            # torch.distributed.checkpoint makes such a step to have a state to load into.
+            return
+        totals = TableTotals([TotalsTable(1, config)], param.device)
+        totals.values[0] = state[TABLE_TOTALS]
+        totals.ages.copy_(state[ROW_COUNTER_AGE])
+        before_U = state[ROW_COUNTER].index_select(0, rows_U)
+        after_U = counted(config.count, before_U, before_U + occurrences_U)
+        if config.count == "frozen" and not totals.values[0, 2] > 0:
+            raise RuntimeError("count='frozen', but the optimizer's state has no counts: load one.")
+        state[ROW_COUNTER].index_copy_(0, rows_U, after_U)
 
-        table = self._table(param)
-        counters, scales = table.counters, table.scales
-        counters.begin_step(config.count)
-        counters.add(rows_L, config.count)
-        inverse = None
-        if config.normalize is not None:
-            first = torch.zeros(1, dtype=torch.int64, device=param.device)
-            measured = (first, grad_LD.square().sum().view(1), first + grad_LD.numel())
-            scales.add_lookups(*measured)
-            scales.add_outputs(*measured)
-            inverse = scales.inverse()
-            scales.end_step()
-        multiplier_L = row_multiplier(
-            config, counters.gather(rows_L), counters.device_steps, inverse
-        )
-        scaled_LD = grad_LD * multiplier_L.unsqueeze(1).to(grad_LD.dtype)
-        param.index_add_(0, rows_L, scaled_LD, alpha=-group["lr"])
-        counters.end_step(config.half_life)
-        self.state[param] = table.state()
+        per_count, limit = totals.rates()
+        squares_U = grad_UD.to(torch.float32).square().mean(dim=1)
+        multiplier_U = row_multiplier(config, after_U, squares_U, per_count)
+        scaled_UD = (grad_UD * multiplier_U.unsqueeze(1)).to(param.dtype)
+        param.index_add_(0, rows_U, scaled_UD, alpha=-lr)
 
-    def _table(self, param: Tensor) -> _UnshardedTable:
-        if param not in self._tables:
-            self._tables[param] = _UnshardedTable(param)
-        return self._tables[param]
+        if config.normalize is None:
+            squares_U.zero_()
+        entering_U = entering_squares(squares_U, occurrences_U, limit) * occurrences_U
+        sums = [entering_U.sum(), (after_U - before_U).sum(), occurrences_U.sum()]
+        first = torch.zeros(1, dtype=torch.int64, device=param.device)
+        totals.listen(lambda _, due: state[ROW_COUNTER].bitwise_right_shift_(len(due)))
+        totals.add(first, *(value.view(1) for value in sums))
+        totals.end_backward([0])
+        totals.settle()
+        state[TABLE_TOTALS].copy_(totals.values[0])
+        state[ROW_COUNTER_AGE].copy_(totals.ages)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimizer.
 
         Raises:
-            ValueError: the state of another optimizer, without row counters.
+            ValueError: the state of another optimizer or version, or a damaged one.
         """
         states = state_dict["state"]
-        for key, state in states.items():
-            if missing := {ROW_COUNTER, ROW_COUNTER_STEPS, TABLE_SCALE} - state.keys():
-                raise ValueError(
-                    f"The state of parameter {key} lacks {', '.join(sorted(missing))}: it is not "
-                    "one of FrequencySGD. Start without it; the counts then begin at zero."
-                )
-        super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(saved, params, strict=False):
+            if key in states:
+                check_state(f"parameter {key}", states[key], len(param))
+        super().load_state_dict(state_dict)
         for key, param in zip(saved, params, strict=True):
             if key in states:
                 # The base class casts states to the type of the parameter.
-                self._table(param).load(states[key])
-                self.state[param] = self._table(param).state()
+                state = {name: value.clone() for name, value in states[key].items()}
+                for name in (ROW_COUNTER, TABLE_TOTALS):
+                    state[name] = state[name].to(param.device)
+                self.state[param] = state
 
 
-class _UnshardedTable:
-    """Counters and scale of a whole table."""
+def _trained_rows(grad: Tensor, config: FrequencyConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with a gradient that is not 0, how often each occurred, and its gradient.
 
-    def __init__(self, param: Tensor) -> None:
-        self.counters = RowCounters([param.shape[0]], param.device)
-        self.scales = TableScales(1, param.device)
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            ROW_COUNTER: self.counters.counts,
-            ROW_COUNTER_STEPS: torch.from_numpy(self.counters.steps[0]),
-            TABLE_SCALE: self.scales.totals[0],
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for key, value in self.state().items():
-            value.copy_(state[key])
-
-
-def _config(group: dict[str, Any]) -> FrequencyConfig:
-    return make_config({name: group[name] for name in FIELDS})
+    Raises:
+        RuntimeError: the gradient does not show what ``config.count`` needs.
+    """
+    if not grad.is_sparse:
+        rows_U = grad.any(dim=1).nonzero().squeeze(1)
+        if config.count == "samples" and len(rows_U):
+            raise RuntimeError(
+                "a dense gradient shows which rows occurred, not how often. Build the table "
+                "with sparse=True, shard it with TorchRec, or use count='batches'."
+            )
+        return rows_U, torch.ones_like(rows_U, dtype=torch.int32), grad.index_select(0, rows_U)
+    # torch calls a gradient of one lookup coalesced, too: it is taken for one.
+    if grad.is_coalesced() and config.count == "samples" and grad._nnz() > 1:
+        raise RuntimeError(
+            "the sparse gradient is coalesced, which loses how often each row occurred. Do not "
+            "coalesce or clip it before step(), or use count='batches'."
+        )
+    rows_L, grad_LD = grad._indices()[0], grad._values()
+    trained_L = grad_LD.ne(0).any(dim=1)
+    rows_U, inverse_L = rows_L[trained_L].unique(return_inverse=True)
+    occurrences_U = torch.zeros_like(rows_U, dtype=torch.int32)
+    occurrences_U.scatter_add_(0, inverse_L, torch.ones_like(inverse_L, dtype=torch.int32))
+    grad_UD = grad_LD.new_zeros(len(rows_U), grad_LD.shape[1])
+    return rows_U, occurrences_U, grad_UD.index_add_(0, inverse_L, grad_LD[trained_L])

@@ -27,15 +27,13 @@ from torchrec.distributed.planner.shard_estimators import (
     EmbeddingStorageEstimator,
 )
 from torchrec.distributed.planner.stats import EmbeddingStats
-from torchrec.distributed.planner.types import ShardingOption, Storage
+from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.planner.utils import bytes_to_gb
 from torchrec.distributed.types import CacheParams, CacheStatistics, ShardingPlan, ShardingType
 
-from torchrec_freq.register import trains_with_frequency, without_optimizer
+from torchrec_freq.sharded.install import COUNTER_BYTES, is_ours
+from torchrec_freq.sharded.opt_in import without_optimizer
 from torchrec_freq.traffic import CountHistogram, Policy, TableTraffic
-
-COUNTER_BYTES: Final = 4
-"""Bytes of a row's counter."""
 
 Counts = Mapping[str, "Tensor | TableTraffic"]
 """Table name -> counts [num_embeddings], or the summary of counts that are too large to hold."""
@@ -92,41 +90,12 @@ def make_planner(
             known,
             estimator=[
                 FrequencyPerfEstimator(topology, known, traffic=traffic),
-                FrequencyStorageEstimator(topology, known),
+                EmbeddingStorageEstimator(topology, known),
             ],
         ),
         constraints=known,
         **{"stats": FrequencyStats(), **kwargs},
     )
-
-
-class FrequencyStorageEstimator(EmbeddingStorageEstimator):
-    """TorchRec's estimate of storage, with the counters of FrequencySGD as they are allocated.
-
-    A shard of ``r`` rows has counters of ``4 r`` bytes, whatever its columns and type, beside the
-    table: in HBM on a GPU, also for tables in host memory (UVM); in host memory on a CPU. TorchRec
-    takes an optimizer that it does not know for a second table. The estimate for tables with
-    another optimizer is TorchRec's.
-
-    Takes the arguments of ``EmbeddingStorageEstimator``.
-    """
-
-    def estimate(
-        self, sharding_options: list[ShardingOption], sharder_data_map: dict[str, Any]
-    ) -> None:
-        """Sets ``storage`` of each option's shards, in bytes."""
-        ours = [o for o in sharding_options if _is_ours(o, sharder_data_map)]
-        with without_optimizer({id(o.tensor): o.tensor for o in ours}.values()):
-            super().estimate(sharding_options, sharder_data_map)
-        if self._is_inference:
-            return
-        on_device = self._topology.compute_device != "cpu"
-        for option in ours:
-            for shard in option.shards:
-                counters = COUNTER_BYTES * shard.size[0]
-                shard.storage += Storage(
-                    hbm=counters if on_device else 0, ddr=0 if on_device else counters
-                )
 
 
 class FrequencyPerfEstimator(EmbeddingPerfEstimator):
@@ -217,7 +186,7 @@ class FrequencyStats(EmbeddingStats):
     def log(self, *args: Any, best_plan: list[ShardingOption], **kwargs: Any) -> None:
         """Logs the report, as ``EmbeddingStats`` does."""
         data = getattr(kwargs.get("enumerator"), "_sharder_data_map", {})
-        ours = [option for option in best_plan if _is_ours(option, data)]
+        ours = [option for option in best_plan if is_ours(option, data)]
         self._counter_bytes: dict[str, int] = {}
         for option in ours:
             bytes_ = COUNTER_BYTES * sum(shard.size[0] for shard in option.shards)
@@ -353,11 +322,6 @@ def shard_loads(plan: ShardingPlan, counts: Counts) -> list[ShardLoad]:
                 share = traffic[name].share(first, first + rows)
                 loads.append(ShardLoad(name, rank, share, columns))
     return loads
-
-
-def _is_ours(option: ShardingOption, sharder_data_map: Mapping[str, Any]) -> bool:
-    data = sharder_data_map.get(option.module_type_key)
-    return trains_with_frequency(option.tensor, data.fused_params if data else None)
 
 
 def _traffic(table: str, counts: Tensor | TableTraffic) -> TableTraffic:

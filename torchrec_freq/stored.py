@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from torchrec_freq.counters import COUNT_CEILING, check_counts
+from torchrec_freq.engine.counters import COUNT_CEILING, check_counts
 from torchrec_freq.files import count_blocks, counts_layout
-from torchrec_freq.row_state import RowShard, RowState
-from torchrec_freq.scale import SCALE_NUMBERS, TableScales
-from torchrec_freq.tables import ROW_COUNTER, ROW_COUNTER_STEPS, TABLE_SCALE
+from torchrec_freq.sharded.row_state import RowShard, RowState
+from torchrec_freq.state import ROW_COUNTER, STATE_FORMAT, TABLE_TOTALS, TOTALS
 
 _BLOCK_ROWS: Final = 1 << 22
 
@@ -39,15 +38,13 @@ class StoredTable:
     Attributes:
         name: as :func:`torchrec_freq.row_counts` gives it.
         rows: number of rows.
-        steps: that the counts stand for, at least 1; None where unknown.
-        inverse_scale: ``1 / s_t``; None where unknown.
+        totals: float64 [4], see :mod:`torchrec_freq.state`; None where unknown.
         blocks: reads the counts: first row of a block, and its counts.
     """
 
     name: str
     rows: int
-    steps: int | None
-    inverse_scale: float | None
+    totals: Tensor | None
     blocks: Callable[[], Iterator[tuple[int, Tensor]]]
 
 
@@ -69,11 +66,8 @@ def open_stored(path: Path) -> list[StoredTable]:
         return sorted(_open_checkpoint(path), key=lambda table: _natural(table.name))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
-    rows, steps = counts_layout(path)
-    return [
-        StoredTable(name, rows[name], steps, None, partial(_file_blocks, path, name))
-        for name in rows
-    ]
+    rows, _ = counts_layout(path)
+    return [StoredTable(name, rows[name], None, partial(_file_blocks, path, name)) for name in rows]
 
 
 def _file_blocks(path: Path, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -106,18 +100,14 @@ def _open_checkpoint(folder: Path) -> list[StoredTable]:
     tables = []
     for stem, name in zip(stems, _names(stems), strict=True):
         chunks = _chunks(folder, stem + suffix, stored[stem + suffix])
-        steps, scale = torch.zeros(2, dtype=torch.int64), torch.zeros(1, SCALE_NUMBERS).double()
-        for key, into in ((ROW_COUNTER_STEPS, steps), (TABLE_SCALE, scale[0])):
-            if f"{stem}.{key}" in stored:
-                _load(folder, f"{stem}.{key}", into)
-        scales = TableScales(1)
-        scales.totals.copy_(scale)
+        totals = torch.zeros(TOTALS, dtype=torch.float64)
+        if f"{stem}.{TABLE_TOTALS}" in stored:  # not in a checkpoint of version 0.1
+            _load(folder, f"{stem}.{TABLE_TOTALS}", totals)
         tables.append(
             StoredTable(
                 name=name,
                 rows=stored[stem + suffix].size[0],  # type: ignore[union-attr]
-                steps=int(steps[0]) or None,
-                inverse_scale=float(scales.inverse()) or None,
+                totals=totals if totals[0] == STATE_FORMAT and totals[3] > 0 else None,
                 blocks=partial(_checkpoint_blocks, folder, stem + suffix, name, chunks),
             )
         )

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchrec_freq.counters import COUNT_CEILING, check_counts
+from torchrec_freq.engine.counters import COUNT_CEILING, check_counts
 
 Policy = Literal["lru", "lfu"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchrec_freq.commands.arguments import whole_number, whole_numbers
-from torchrec_freq.counters import COUNT_CEILING, RowCounters
+from torchrec_freq.engine.counters import COUNT_CEILING, count_occurrences_
 from torchrec_freq.files import save_counts
 
 HELP: Final = "count the ids of a data set (Criteo npy, Parquet) into a file of counts"
@@ -174,12 +174,13 @@ class _Tally:
         self.rows = dict(rows)
         self.modulo = modulo
         self.ids = 0
-        self._counters: dict[str, RowCounters] = {}
+        self._added = 0
+        self._counts: dict[str, Tensor] = {}
         for table, count in self.rows.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"Table {table!r}: rows must be a whole number >= 1; got {count}.")
             try:
-                self._counters[table] = RowCounters([count])
+                self._counts[table] = torch.zeros(count, dtype=torch.int32)
             except RuntimeError as error:
                 raise ValueError(
                     f"Table {table!r}: no memory for the counts of {count} rows ({4 * count} bytes)"
@@ -195,15 +196,22 @@ class _Tally:
             raise ValueError(f"{where}: ids must be whole numbers; got {ids_L.dtype}.")
         for start in range(0, ids_L.size, _CHUNK_IDS):
             rows_L = self._rows(table, ids_L[start : start + _CHUNK_IDS], where)
-            self._counters[table].add(torch.from_numpy(rows_L), "samples")
+            ones_L = torch.ones(len(rows_L), dtype=torch.int32)
+            count_occurrences_(self._counts[table], torch.from_numpy(rows_L), ones_L)
+            self._added += len(rows_L)
+            if self._added >= COUNT_CEILING:  # before int32 ends
+                self._clamp()
         self.ids += ids_L.size
 
     def counts(self) -> dict[str, Tensor]:
         """int32 [rows] counts of each table: views, so call it last."""
-        tables = {name: counters.table(0) for name, counters in self._counters.items()}
-        for counts_R in tables.values():
+        self._clamp()
+        return dict(self._counts)
+
+    def _clamp(self) -> None:
+        for counts_R in self._counts.values():
             counts_R.clamp_(max=COUNT_CEILING)
-        return tables
+        self._added = 0
 
     def _rows(self, table: str, ids_L: NDArray[Any], where: str) -> NDArray[np.int64]:
         """int64 [ids] row numbers."""

@@ -35,9 +35,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_freq import _versions
-from torchrec_freq.config import DEFAULT_COHERENCE
+from torchrec_freq.config import DEFAULT_EPS, DEFAULT_OWN_WEIGHT
 from torchrec_freq.optimizer import FrequencySGD
-from torchrec_freq.state import row_counts
+from torchrec_freq.sharded.counts import row_counts
 
 HELP: Final = "check this machine: versions, GPU, communication, and a self-test"
 
@@ -203,7 +203,7 @@ def _train(
         name="t", feature_names=["f"], num_embeddings=_ROWS, embedding_dim=_DIM
     )
     collection = EmbeddingBagCollection(tables=[table])
-    apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": _LR, "min_count": 1})
+    apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": _LR})
     weight_RD = collection.embedding_bags["t"].weight.detach().double().clone()
     sharder = EmbeddingBagCollectionSharder()
     plan = sharding_plan.construct_module_sharding_plan(
@@ -230,7 +230,8 @@ def _train(
     for module in model.modules():
         if hasattr(module, "flush"):  # a cache, to the table
             module.flush()
-    expected_RD, counts_R = _reference(weight_RD, ids_SL, target_SBD.double())
+    columns = parameter.sharding_spec.shards[0].shard_sizes[1] if parameter.sharding_spec else _DIM
+    expected_RD, counts_R = _reference(weight_RD, ids_SL, target_SBD.double(), _DIM // columns)
     trained_RD = torch.zeros(_ROWS, _DIM)
     _copy(trained_RD, model, into=False)
     if not torch.equal(row_counts(model)["t"], counts_R):
@@ -256,25 +257,29 @@ def _copy(whole_RD: Tensor, model: torch.nn.Module, *, into: bool) -> None:
         goal.copy_(source)
 
 
-def _reference(weight_RD: Tensor, ids_SL: Tensor, target_SBD: Tensor) -> tuple[Tensor, Tensor]:
-    """The rule in plain torch and float64, which shares no code with the engine."""
+def _reference(
+    weight_RD: Tensor, ids_SL: Tensor, target_SBD: Tensor, shards: int
+) -> tuple[Tensor, Tensor]:
+    """The rule in plain torch and float64, which shares no code with the engine.
+
+    Args:
+        shards: of the columns, each of which goes by the squares of its own.
+    """
     counts_R = torch.zeros(_ROWS, dtype=torch.int64)
-    lookup_squares = output_squares = 0.0
+    squares = 0.0
     weight_RD = weight_RD.clone()
-    for step, (ids_L, target_BD) in enumerate(zip(ids_SL, target_SBD, strict=True), start=1):
-        ratio = lookup_squares / output_squares if step > 1 else 1.0
-        row_LD = weight_RD[ids_L]
-        output_BD = row_LD.view(_SAMPLES, _IDS, _DIM).sum(dim=1)
+    for ids_L, target_BD in zip(ids_SL, target_SBD, strict=True):
+        output_BD = weight_RD[ids_L].view(_SAMPLES, _IDS, _DIM).sum(dim=1)
         grad_BD = 2 * (output_BD - target_BD) / target_BD.numel()
-        grad_LD = grad_BD.repeat_interleave(_IDS, dim=0)
-        # Means of squares so far, over as many steps of equal size each.
-        output_squares += float(grad_BD.square().mean())
-        lookup_squares += float(grad_LD.square().mean())
-        scale = (ratio * output_squares / step) ** 0.5
+        grad_RD = torch.zeros_like(weight_RD)
+        grad_RD.index_add_(0, ids_L, grad_BD.repeat_interleave(_IDS, dim=0))
+        per_count = squares / max(int(counts_R.sum()), 1)
         counts_R += torch.bincount(ids_L, minlength=_ROWS)
-        effective_R = (counts_R * (1 + DEFAULT_COHERENCE * counts_R / step)).clamp(min=1)
-        rate_R = _LR / (scale * effective_R.sqrt())
-        weight_RD.index_add_(0, ids_L, -rate_R[ids_L].unsqueeze(1) * grad_LD)
+        own_RD = grad_RD.view(_ROWS, shards, -1).square().mean(dim=2)
+        own_RD = own_RD.repeat_interleave(_DIM // shards, dim=1)
+        root_RD = ((per_count * counts_R.unsqueeze(1) + DEFAULT_OWN_WEIGHT * own_RD) / 2).sqrt()
+        weight_RD -= _LR / (root_RD + DEFAULT_EPS) * grad_RD
+        squares += float(own_RD.mean(dim=1).sum())
     return weight_RD, counts_R
 
 

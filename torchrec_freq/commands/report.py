@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from torchrec_freq.commands.arguments import whole_numbers
-from torchrec_freq.config import DEFAULT_COHERENCE, DEFAULT_MIN_COUNT, FrequencyConfig
+from torchrec_freq.config import DEFAULT_OWN_WEIGHT, FrequencyConfig
 from torchrec_freq.monitor import QUANTILES, learning_rates
 from torchrec_freq.planner import MeasuredCacheStatistics
 from torchrec_freq.stored import StoredTable, open_stored
@@ -35,23 +35,20 @@ LOAD_FACTORS: Final = (0.01, 0.05, 0.1, 0.2, 0.5)
 
 POLICIES: Final[Sequence[Policy]] = ("lru", "lfu")
 
-_BATCH_LOOKUPS: Final = 1 << 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the counts do not say.
 
     Attributes:
-        batch_lookups: lookups of a table in a global batch; None for the mean lookups a step, or
-            65,536 where the steps are not known.
+        batch_lookups: lookups of a table in a global batch.
         miss_rate: that the recommended cache may have.
         ranks: numbers of row-wise shards.
         lr: learning rate; None for rates as multiples of it.
         config: the rule's settings.
     """
 
-    batch_lookups: float | None = None
+    batch_lookups: float = 1 << 16
     miss_rate: float = 0.1
     ranks: Sequence[int] = (2, 4, 8, 16, 32, 64)
     lr: float | None = None
@@ -86,9 +83,8 @@ class TableReport:
         zipf: None where no line fits (:meth:`torchrec_freq.traffic.CountHistogram.zipf`).
         top_shares: by part of the rows, share of the lookups of that most frequent part.
         counts: quantiles of the counts of the rows that have been seen; empty if none was.
-        steps: that the counts stand for; None where unknown.
-        scale: ``s_t``; None where unknown.
-        rates: learning rate of a row with each of ``counts``, in ``rate_unit``; empty if unknown.
+        scale: root mean square of the gradient of an occurrence, s; None where unknown.
+        rates: learning rate of a row with each of ``counts``, in ``rate_unit``.
         rate_unit: what the rates are multiples of, of ``lr`` and ``1 / s``.
         batch_lookups, distinct_rows: of a global batch; the distinct rows are expected.
         caches: by policy; empty without lookups.
@@ -104,7 +100,6 @@ class TableReport:
     zipf: ZipfFit | None
     top_shares: Mapping[str, float]
     counts: Mapping[str, float]
-    steps: int | None
     scale: float | None
     rates: Mapping[str, float]
     rate_unit: str
@@ -130,8 +125,6 @@ def describe(
     histogram = traffic.histogram
     lookups = histogram.lookups
     batch = settings.batch_lookups
-    if batch is None:
-        batch = lookups / table.steps if table.steps and lookups else _BATCH_LOOKUPS
     counts = {name: histogram.quantile(share) for name, share in QUANTILES.items() if lookups}
     rates, unit = rates_of(table, list(counts.values()), settings)
     return TableReport(
@@ -143,9 +136,8 @@ def describe(
         zipf=histogram.zipf(),
         top_shares={f"{x:g}": histogram.top_share(x * table.rows) for x in TOP_SHARES},
         counts=counts,
-        steps=table.steps,
-        scale=1 / table.inverse_scale if table.inverse_scale else None,
-        rates=dict(zip(counts, rates, strict=True)) if rates else {},
+        scale=None if table.totals is None else float(table.totals[1] / table.totals[3]) ** 0.5,
+        rates=dict(zip(counts, rates, strict=True)),
         rate_unit=unit,
         batch_lookups=batch,
         distinct_rows=histogram.expected_distinct(batch),
@@ -163,17 +155,13 @@ def rates_of(
 ) -> tuple[list[float], str]:
     """Learning rates of rows with these counts, and what they are multiples of.
 
-    Returns:
-        No rates where the steps are not known, which ``coherence`` needs. Where the scale of a
-        normalized table is not known, multiples of its inverse.
+    Where the totals of a normalized table are not known, they are multiples of ``1 / s``.
     """
     config, unit = settings.config, "lr" if settings.lr is None else ""
-    if table.steps is None and config.coherence:
-        return [], unit
-    if config.normalize is not None and table.inverse_scale is None:
-        config, unit = dataclasses.replace(config, normalize=None), f"{unit or '1'} / s"
-    lr = 1.0 if settings.lr is None else settings.lr
-    return learning_rates(config, counts, table.steps or 1, table.inverse_scale, lr), unit
+    totals = None if table.totals is None else table.totals.tolist()
+    if config.normalize is not None and totals is None:
+        unit = f"{unit or '1'} / s"
+    return learning_rates(config, counts, totals, settings.lr or 1.0), unit
 
 
 def imbalance(traffic: TableTraffic, shards: int) -> float:
@@ -214,10 +202,14 @@ def text_tables(reports: Sequence[TableReport], settings: Settings) -> list[Text
         return [f"{r.rows:,}", f"{r.never_seen:,}", f"{r.lookups:,}", *zipf, *shares]
 
     def rates(r: TableReport) -> list[str]:
-        known = ["" if r.steps is None else f"{r.steps:,}", _number(r.scale)]
         counts = [_number(r.counts.get(name)) for name in QUANTILES]
         unit = r.rate_unit if r.rates else ""
-        return [*known, *counts, *(_number(r.rates.get(name)) for name in QUANTILES), unit]
+        return [
+            _number(r.scale),
+            *counts,
+            *(_number(r.rates.get(name)) for name in QUANTILES),
+            unit,
+        ]
 
     def cache(policy: Policy) -> Callable[[TableReport], list[str]]:
         def cells(r: TableReport) -> list[str]:
@@ -249,11 +241,10 @@ def text_tables(reports: Sequence[TableReport], settings: Settings) -> list[Text
         TextTable(
             "Learning rates",
             "Quantiles of the counts of the rows that were seen, and the rate of a row with such a "
-            f"count, for min_count={settings.config.min_count:g}, "
-            f"coherence={settings.config.coherence:g}, normalize={settings.config.normalize!r}. "
-            "s: the table scale, which a file of counts does not have. Without steps there is no "
-            "rate.",
-            ["table", "steps", "s"]
+            f"count and an average gradient, for {_options(settings.config)}. "
+            "s: root mean square of the gradient of an occurrence, which a file of counts does not "
+            "have.",
+            ["table", "s"]
             + [f"count {name}" for name in QUANTILES]
             + [f"rate at {name}" for name in QUANTILES]
             + ["times"],
@@ -297,6 +288,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
+def _options(config: FrequencyConfig) -> str:
+    if config.normalize is None:
+        return f"normalize=None, min_count={config.min_count:g}"
+    return f"own_weight={config.own_weight:g}"
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return ""
@@ -318,9 +315,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-lookups",
         type=_positive,
+        default=Settings.batch_lookups,
         metavar="N",
-        help="lookups of a table in a global batch, for caches (default: mean lookups a step, or "
-        f"{_BATCH_LOOKUPS} where the steps are not stored)",
+        help="lookups of a table in a global batch, for caches (default: %(default)s)",
     )
     parser.add_argument(
         "--miss-rate",
@@ -342,19 +339,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-count",
         type=float,
-        default=DEFAULT_MIN_COUNT,
+        default=1,
         help="option of FrequencySGD, which is not stored (default: %(default)s)",
     )
     parser.add_argument(
-        "--coherence",
+        "--own-weight",
         type=float,
-        default=DEFAULT_COHERENCE,
+        default=DEFAULT_OWN_WEIGHT,
         help="option of FrequencySGD, which is not stored (default: %(default)s)",
     )
     parser.add_argument(
         "--no-normalize",
         action="store_true",
-        help="the tables train with normalize=None (default: with table scales)",
+        help="the tables train with normalize=None, the paper's rule",
     )
 
 
@@ -376,7 +373,7 @@ def run(arguments: argparse.Namespace) -> None:
         lr=arguments.lr,
         config=FrequencyConfig(
             min_count=arguments.min_count,
-            coherence=arguments.coherence,
+            own_weight=arguments.own_weight,
             normalize=None if arguments.no_normalize else "table",
         ),
     )

@@ -89,9 +89,6 @@ def _plot_coverage(axes: Any, histogram: CountHistogram) -> None:
 def _plot_rates(axes: Any, report: TableReport, table: StoredTable, settings: Settings) -> None:
     counts = np.geomspace(1, max(*report.counts.values(), 2), 101)
     rates, unit = rates_of(table, counts.tolist(), settings)
-    if not rates:
-        axes.set_title("Learning rate: steps not known")
-        return
     axes.loglog(counts, rates)
     for name, marker in zip(report.rates, "osD*", strict=True):
         axes.loglog(report.counts[name], report.rates[name], marker, color="C1", label=name)

@@ -2,8 +2,8 @@
 
 TorchRec replicates such a table, has DDP average its dense gradient over the ranks, and drops the
 optimizer that was named for it. Here a DDP communication hook applies the rule as soon as the
-gradient is averaged, with counts that are summed over the ranks too: that sum starts in the
-forward, so it overlaps with the rest of the step.
+gradient is averaged, with occurrences that are summed over the ranks too: that sum starts in the
+backward of the lookup, so it overlaps with the rest of the backward.
 
 The update costs a pass over the table's rows, as the averaging of the dense gradient does.
 """
@@ -18,17 +18,22 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.counters import count_occurrences_
-from torchrec_freq.group import Batch
-from torchrec_freq.rule import row_multiplier
-from torchrec_freq.tbe import NOT_COMPILED, GroupedTBE, before_backward, variable_batch
+from torchrec_freq.engine.counters import count_occurrences_, counted
+from torchrec_freq.engine.lookups import Batch
+from torchrec_freq.engine.tbe import NOT_COMPILED, CountingTBE
+from torchrec_freq.rule import entering_squares, row_multiplier
 
 
-class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
+class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
     """FBGEMM's dense table-batched embedding, updated by the rule in DDP's backward.
 
-    Its group is equal on every rank.
+    Its counts and totals are equal on every rank.
     """
+
+    _counts: Tensor
+    _process_group: dist.ProcessGroup | None
+    _occurrences: list[tuple[Tensor, dist.Work | None]]
+    _bag_starts_F: Tensor | None
 
     @classmethod
     def adopt(
@@ -44,14 +49,20 @@ class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
             raise TypeError(f"cannot adopt a {type(tbe).__name__}: the engine knows only FBGEMM's")
         tbe.__class__ = cls
         assert isinstance(tbe, cls)
-        tbe._start_group(frequency, feature_table_map, tbe.weights.device)
-        tbe._inverse_T = torch.zeros(len(tbe.embedding_specs), device=tbe.weights.device)
+        rows = sum(spec[0] for spec in tbe.embedding_specs)
+        tbe._counts = torch.zeros(rows, dtype=torch.int32, device=tbe.weights.device)
+        tbe._start(frequency, feature_table_map, tbe.weights.device)
         tbe.learning_rate = learning_rate
         ranks = 1 if process_group is None else process_group.size()
-        tbe._ranks = ranks
         tbe._process_group = process_group if ranks > 1 else None
+        tbe._occurrences = []
         tbe.weights._replicated_tbe = tbe
         return tbe
+
+    @property
+    def counts(self) -> Tensor:
+        """int32 [rows of all tables]: the memory itself."""
+        return self._counts
 
     def set_learning_rate(self, lr: float) -> None:
         """Learning rate of the next steps."""
@@ -60,6 +71,12 @@ class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
     def get_learning_rate(self) -> float:
         """Learning rate of the next step, as FBGEMM's fused TBE gives its own."""
         return self.learning_rate
+
+    def _generate_vbe_metadata(self, *args: object, **kwargs: object) -> object:
+        # The stock forward keeps it no longer than it needs it.
+        metadata = super()._generate_vbe_metadata(*args, **kwargs)
+        self._bag_starts_F = metadata.B_offsets
+        return metadata
 
     @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
@@ -71,24 +88,32 @@ class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
         batch_size_per_feature_per_rank: list[list[int]] | None = None,
     ) -> Tensor:
         """As the stock forward; where a gradient is recorded, its backward counts."""
-        weights_L = self._pooling_weights(indices, offsets, per_sample_weights)
-        output: Tensor = super().forward(
-            indices,
-            offsets,
-            weights_L,
-            feature_requires_grad,
-            batch_size_per_feature_per_rank,
-        )
-        if not output.requires_grad:
-            return output
-        batch = Batch(
-            indices,
-            offsets,
-            None if weights_L is None else weights_L.detach().to(torch.float32),
-            variable_batch(self._vbe_metadata, batch_size_per_feature_per_rank),
-        )
-        before_backward(output, _Update(self, batch).on_output_grad)
+        self._begin_forward()
+        with self._pooled_by_weights(offsets, per_sample_weights) as weights_L:
+            output: Tensor = super().forward(
+                indices,
+                offsets,
+                weights_L,
+                feature_requires_grad,
+                batch_size_per_feature_per_rank,
+            )
+        node = output.grad_fn
+        if node is not None:
+            weights_L = None if weights_L is None else weights_L.detach()
+            batch = Batch(indices, offsets, weights_L, self._bag_starts_F)
+            node.register_prehook(lambda grads: self._count(batch, grads[0]))
         return output
+
+    @torch.no_grad()
+    def _count(self, batch: Batch, grad: Tensor | None) -> None:
+        """Starts to count the global batch; it is applied when DDP has averaged the gradient."""
+        lookups = self.layout.of(batch, grad)
+        occurrences_R = torch.zeros_like(self._counts)
+        count_occurrences_(occurrences_R, lookups.rows_L, lookups.trained_L)
+        work = None
+        if self._process_group is not None:
+            work = dist.all_reduce(occurrences_R, group=self._process_group, async_op=True)
+        self._occurrences.append((occurrences_R, work))
 
     @torch.no_grad()
     def apply(self, gradient: Tensor) -> None:
@@ -97,20 +122,37 @@ class ReplicatedTBE(GroupedTBE, DenseTableBatchedEmbeddingBagsCodegen):
         Args:
             gradient: that of ``weights``, averaged over the ranks.
         """
-        config, counters = self.group.config, self.group.counters
+        backwards, self._occurrences = self._occurrences, []
+        occurrences_R = torch.zeros_like(self._counts)
+        for part_R, work in backwards:
+            if work is not None:
+                work.wait()
+            occurrences_R += part_R
+        config = self.frequency
+        per_count_T, limit_T = self.totals.rates()
+        after_R = counted(config.count, self._counts, self._counts + occurrences_R)
+        added_R = after_R - self._counts
         for table, (rows, dim) in enumerate(self.embedding_specs):
-            multiplier_R = row_multiplier(
-                config,
-                counters.saturated(table),
-                counters.device_steps.narrow(0, table, 1),
-                self._inverse_T.narrow(0, table, 1),
-            )
+            position = self._members[table].position
             start = self.weights_physical_offsets[table]
             weight_RD = self.weights.narrow(0, start, rows * dim).view(rows, dim)
             gradient_RD = gradient.narrow(0, start, rows * dim).view(rows, dim)
+            squares_R = gradient_RD.to(torch.float32).square().mean(dim=1)
+            counts_R, k_R = self._table(after_R, table), self._table(occurrences_R, table)
+            multiplier_R = row_multiplier(
+                config, counts_R, squares_R, per_count_T.narrow(0, position, 1)
+            )
             # In float32 at least: the multiplier may be more than float16 holds.
             weight_RD.sub_(gradient_RD * multiplier_R.unsqueeze(1), alpha=self.learning_rate)
-        counters.end_step(config.half_life)
+            if config.normalize is None:
+                squares_R.zero_()
+            entering_R = entering_squares(squares_R, k_R, limit_T.narrow(0, position, 1)) * k_R
+            sums = [entering_R.sum(), self._table(added_R, table).sum(), k_R.sum()]
+            slot = self._slot_F.narrow(0, self.layout.feature_table_map.index(table), 1)
+            self.totals.add(slot, *(total.view(1) for total in sums), replicated=True)
+        self._counts += added_R
+        for _ in backwards:
+            self.totals.end_backward(self._aged)
 
 
 def average_and_apply(
@@ -135,36 +177,3 @@ def average_and_apply(
     work = dist.all_reduce(bucket.buffer(), group=process_group, async_op=True)
     averaged: torch.futures.Future[Tensor] = work.get_future().then(finish)
     return averaged
-
-
-class _Update:
-    """What one forward keeps for its backward."""
-
-    def __init__(self, tbe: ReplicatedTBE, batch: Batch) -> None:
-        self.tbe = tbe
-        self.batch = batch
-        counts_R = tbe.group.counters.counts
-        self._lookups_F = tbe.group.lookups_of_feature(batch)
-        self._feature_L = tbe.group.feature_of_lookup(batch, self._lookups_F)
-        rows_L = tbe.group.rows_of_lookup(batch, self._feature_L)
-        self._occurrences_R = count_occurrences_(torch.zeros_like(counts_R), rows_L)
-        self._work = None
-        if tbe._process_group is not None:
-            self._work = dist.all_reduce(
-                self._occurrences_R, group=tbe._process_group, async_op=True
-            )
-
-    @torch.no_grad()
-    def on_output_grad(self, grad: Tensor) -> None:
-        """Counts the global batch; the gradient is applied when DDP has averaged it."""
-        group = self.tbe.group
-        if self._work is not None:
-            self._work.wait()
-        group.counters.begin_step(group.config.count)
-        group.counters.add_occurrences(self._occurrences_R, group.config.count)
-        if group.config.normalize is not None:
-            # The gradient of this rank's mean loss; 1 / ranks of it is that of the global batch.
-            group.measure(
-                self.batch, self._lookups_F, self._feature_L, grad, factor=1 / self.tbe._ranks
-            )
-            self.tbe._inverse_T = group.inverse_scales()

@@ -25,12 +25,22 @@ class RowShard:
     Attributes:
         row_offset: the first of them.
         primary: whether this rank saves them; of replicas, one does.
-        tensor: [rows of the shard].
+        tensor: [rows of the shard], the memory itself: loading writes to it.
+        copy: copies it, also while a backward has lent the memory; None: it is never lent.
     """
 
     row_offset: int
     primary: bool
     tensor: Tensor
+    copy: Callable[[], Tensor] | None = None
+
+    def read(self) -> Tensor:
+        """What the tensor holds between steps."""
+        return self.tensor if self.copy is None else self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowShard:
+        """A copy on the CPU: asynchronous checkpoints are staged by it."""
+        return RowShard(self.row_offset, self.primary, self.read().to("cpu", copy=True))
 
 
 class RowState(torch.Tensor):
@@ -74,7 +84,7 @@ class RowState(torch.Tensor):
         return _map(self, torch.clone)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        parts = [(shard.row_offset, shard.primary, shard.tensor) for shard in self.shards]
+        parts = [(shard.row_offset, shard.primary, shard.read()) for shard in self.shards]
         return _rebuild, (self.shape[0], parts)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -147,7 +157,7 @@ _COPIES: Final = frozenset(
 
 
 def _map(state: RowState, function: Callable[[Tensor], Tensor]) -> RowState:
-    shards = [RowShard(s.row_offset, s.primary, function(s.tensor)) for s in state.shards]
+    shards = [RowShard(s.row_offset, s.primary, function(s.read())) for s in state.shards]
     return RowState(state.shape[0], shards)
 
 
@@ -168,7 +178,7 @@ def _copy(target: RowState, source: Tensor) -> RowState:
             )
         for shard, other in zip(target.shards, source.shards, strict=True):
             if shard.tensor.data_ptr() != other.tensor.data_ptr():
-                shard.tensor.copy_(other.tensor)
+                shard.tensor.copy_(other.read())
     else:
         for shard in target.shards:
             shard.tensor.copy_(source.narrow(0, shard.row_offset, shard.tensor.numel()))

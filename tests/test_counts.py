@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import TABLES, Pair, full_weights
 from ranks import on_ranks
+from reference import ReferenceTable
 from test_sharding import make_plan
 
 import torchrec_freq
@@ -19,24 +20,31 @@ def random_counts(scale: int = 50) -> dict[str, torch.Tensor]:
     return {t.name: torch.randint(0, scale, (t.rows,), generator=generator) for t in TABLES}
 
 
+def seed(table: ReferenceTable, counts: torch.Tensor, squares: float | None = None) -> None:
+    table.counts.clear()
+    table.counts.update(dict(enumerate(counts.tolist())))
+    table.total, table.age = float(counts.sum()), 0
+    if squares is not None:
+        table.squares, table.occurrences = squares, table.total
+
+
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])
 @on_ranks(2)
 def test_loaded_counts_are_read_and_used(kind: str) -> None:
-    pair = Pair(TABLES, make_plan(kind, TABLES, 2), {"coherence": 0.4})
+    pair = Pair(TABLES, make_plan(kind, TABLES, 2), {"own_weight": 2})
     counts = random_counts()
-    load_row_counts(pair.model, counts, steps=40)
+    load_row_counts(pair.model, counts)
     for name, table in pair.reference.tables.items():
-        table.counts.update(dict(enumerate(counts[name].tolist())))
-        table.steps = 40
+        seed(table, counts[name])
     pair.check()
     for _ in range(3):
         pair.step()
     pair.check()
-    # Without steps the tables keep theirs, now 43.
+    # The squares so far stay, and are shared out by the new counts; or they come with them.
     load_row_counts(pair.model, {"c": counts["c"].float()})
-    reference = pair.reference.tables["c"]
-    reference.counts.clear()
-    reference.counts.update(dict(enumerate(counts["c"].tolist())))
+    seed(pair.reference.tables["c"], counts["c"])
+    load_row_counts(pair.model, {"a": counts["a"]}, {"a": 2.5})
+    seed(pair.reference.tables["a"], counts["a"], 2.5)
     for _ in range(3):
         pair.step()
     pair.check()
@@ -49,39 +57,40 @@ def test_known_frequencies() -> None:
         pair.step()
     counts = random_counts()
     pair = Pair(TABLES, make_plan("mixed", TABLES, 2), {"count": "frozen"})
-    load_row_counts(pair.model, counts, steps=25)
+    load_row_counts(pair.model, counts)
     for name, table in pair.reference.tables.items():
-        table.counts.update(dict(enumerate(counts[name].tolist())))
-        table.steps = 25
+        seed(table, counts[name])
     for _ in range(4):
         pair.step()
     pair.check()
     assert all(torch.equal(row_counts(pair.model)[name], counts[name]) for name in counts)
 
 
-WRONG: dict[str, tuple[dict[str, Any], int | None, str]] = {
-    "unknown table": ({"z": torch.zeros(3)}, 1, "'z'.*a, b, c"),
-    "too short": ({"a": torch.zeros(3)}, 1, r"'a' has 12 rows.*\[3\]"),
-    "two dimensions": ({"a": torch.zeros(12, 1)}, 1, r"'a'.*\[12, 1\]"),
-    "negative": ({"a": torch.full((12,), -1)}, 1, "'a'.*-1"),
-    "not whole": ({"a": torch.full((12,), 0.5)}, 1, "'a'.*whole"),
-    "NaN": ({"a": torch.full((12,), torch.nan)}, 1, "'a'.*NaN"),
-    "infinite": ({"a": torch.full((12,), torch.inf)}, 1, "'a'"),
-    "too large": ({"a": torch.full((12,), COUNT_CEILING + 1)}, 1, f"'a'.*{COUNT_CEILING + 1}"),
-    "bool": ({"a": torch.zeros(12, dtype=torch.bool)}, 1, "'a'.*bool"),
-    "no steps": ({"a": torch.ones(12)}, None, "'b'.*give steps"),
-    "steps of 0": ({"a": torch.ones(12)}, 0, "steps value: 0"),
+WRONG: dict[str, tuple[dict[str, Any], dict[str, float] | None, str]] = {
+    "unknown table": ({"z": torch.zeros(3)}, None, "'z'.*a, b, c"),
+    "too short": ({"a": torch.zeros(3)}, None, r"'a' has 12 rows.*\[3\]"),
+    "two dimensions": ({"a": torch.zeros(12, 1)}, None, r"'a'.*\[12, 1\]"),
+    "negative": ({"a": torch.full((12,), -1)}, None, "'a'.*-1"),
+    "not whole": ({"a": torch.full((12,), 0.5)}, None, "'a'.*whole"),
+    "NaN": ({"a": torch.full((12,), torch.nan)}, None, "'a'.*NaN"),
+    "infinite": ({"a": torch.full((12,), torch.inf)}, None, "'a'"),
+    "too large": ({"a": torch.full((12,), COUNT_CEILING + 1)}, None, f"'a'.*{COUNT_CEILING + 1}"),
+    "bool": ({"a": torch.zeros(12, dtype=torch.bool)}, None, "'a'.*bool"),
+    "squares of no table": ({}, {"z": 1.0}, "'z'"),
+    "squares without counts": ({}, {"a": 1.0}, "'a' has squares but no counts"),
+    "negative squares": ({}, {"b": -1.0}, "'b'.*-1"),
+    "infinite squares": ({}, {"b": torch.inf}, "'b'.*inf"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 @on_ranks(2)
 def test_wrong_counts_change_nothing(case: str) -> None:
-    wrong, steps, message = WRONG[case]
+    wrong, squares, message = WRONG[case]
     pair = Pair(TABLES, make_plan("mixed", TABLES, 2))
     good = {"b": torch.ones(7)}
     with pytest.raises(ValueError, match=message):
-        load_row_counts(pair.model, {**good, **wrong}, steps)
+        load_row_counts(pair.model, {**good, **wrong}, squares)
     assert all(not counts.any() for counts in row_counts(pair.model).values())
     pair.step()
     pair.check()

@@ -21,12 +21,13 @@ from torchrec.distributed.embeddingbag import (
 )
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
-from torchrec.distributed.sharding_plan import row_wise, table_wise
+from torchrec.distributed.sharding_plan import data_parallel, row_wise, table_wise
 from torchrec.distributed.types import ShardingEnv2D
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import torchrec_freq
-from torchrec_freq import FrequencyConfig, FrequencySGD, register
+from torchrec_freq import FrequencyConfig, FrequencySGD
+from torchrec_freq.sharded import install
 
 
 def build(optimizer: Any, plan: dict[str, Any], **options: Any) -> Any:
@@ -100,7 +101,7 @@ def test_install_is_idempotent() -> None:
         ShardedEmbeddingBagCollection.__init__,
         ShardedEmbeddingBagCollection._create_lookups,
     )
-    register.install()
+    install.install()
     assert before == (
         GroupedPooledEmbeddingsLookup._create_embedding_kernel,
         ShardedEmbeddingBagCollection.__init__,
@@ -112,8 +113,8 @@ def test_install_is_idempotent() -> None:
 def test_state_is_four_bytes_a_row() -> None:
     model = build(FrequencySGD, every(row_wise()))
     storages = {
-        shard.group.counters.counts.untyped_storage().data_ptr(): shard.group.counters.counts
-        for _, tables in register.frequency_modules(model)
+        shard.tbe.counts.untyped_storage().data_ptr(): shard.tbe.counts
+        for _, tables in install.frequency_modules(model)
         for shard in tables.shards
     }
     total = torch.tensor(sum(counts.untyped_storage().nbytes() for counts in storages.values()))
@@ -148,7 +149,7 @@ def test_plans_of_the_planner_train() -> None:
     torch.manual_seed(0)
     collection: Any = make_collection(TABLES)
     sharder: Any = EmbeddingBagCollectionSharder(
-        fused_params=torchrec_freq.fused_params(lr=LR, coherence=0.3)
+        fused_params=torchrec_freq.fused_params(lr=LR, own_weight=3)
     )
     planner = EmbeddingShardingPlanner()
     plan = planner.collective_plan(collection, [sharder], dist.group.WORLD)
@@ -164,8 +165,8 @@ def test_plans_of_the_planner_train() -> None:
         rows = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
         sample_loss(model(to_kjt(features, rows)).to_dict()).mean().backward()
     assert {name: int(n.sum()) for name, n in torchrec_freq.row_counts(model).items()} == lookups
-    ((_, tables),) = register.frequency_modules(model)
-    assert tables.shards and all(s.group.config.coherence == 0.3 for s in tables.shards)
+    ((_, tables),) = install.frequency_modules(model)
+    assert tables.shards and all(s.tbe.frequency.own_weight == 3 for s in tables.shards)
 
 
 @on_ranks(2)
@@ -177,14 +178,14 @@ def test_class_of_a_table_wins_over_the_sharder() -> None:
         RowWiseAdagrad, collection.embedding_bags["a"].parameters(), {"lr": LR}
     )
     sharder = EmbeddingBagCollectionSharder(
-        fused_params=torchrec_freq.fused_params(lr=LR, coherence=0.7)
+        fused_params=torchrec_freq.fused_params(lr=LR, own_weight=7)
     )
     plan = every(table_wise(rank=1, compute_kernel="fused"))
     model = shard(collection, plan, sharder, weights)
     assert list(torchrec_freq.row_counts(model)) == ["b", "c"]
-    ((_, tables),) = register.frequency_modules(model)
+    ((_, tables),) = install.frequency_modules(model)
     assert len(tables.shards) == (2 if dist.get_rank() == 1 else 0)
-    assert all(s.group.config == FrequencyConfig(coherence=0.7) for s in tables.shards)
+    assert all(s.tbe.frequency == FrequencyConfig(own_weight=7) for s in tables.shards)
 
 
 REFUSED = [
@@ -214,10 +215,25 @@ def test_two_dimensional_parallelism_is_refused() -> None:
 
 
 @on_ranks(2)
+def test_a_table_that_must_not_train_is_refused() -> None:
+    for plan in (table_wise(rank=0, compute_kernel="fused"), data_parallel()):
+        collection = make_collection(TABLES)
+        collection.embedding_bags["b"].weight.requires_grad_(False)
+        sharder = EmbeddingBagCollectionSharder(fused_params=torchrec_freq.fused_params(lr=LR))
+        with pytest.raises(ValueError, match="'b' has requires_grad=False"):
+            shard(collection, every(plan), sharder, {})
+
+
+@on_ranks(2)
 def test_options_that_fbgemm_would_ignore_are_refused() -> None:
     collection = make_collection(TABLES)
     sharder = EmbeddingBagCollectionSharder(
         fused_params={**torchrec_freq.fused_params(lr=LR), "weight_decay": 0.1}
     )
     with pytest.raises(ValueError, match="weight_decay"):
+        shard(collection, every(table_wise(rank=0, compute_kernel="fused")), sharder, {})
+    sharder = EmbeddingBagCollectionSharder(
+        fused_params={**torchrec_freq.fused_params(lr=LR), "coherence": 0.03}
+    )
+    with pytest.raises(ValueError, match=r"coherence=0\.03.*0\.2"):
         shard(collection, every(table_wise(rank=0, compute_kernel="fused")), sharder, {})

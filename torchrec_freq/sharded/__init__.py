@@ -1,0 +1,1 @@
+"""TorchRec's sharded modules: opt-in, kernels, tables over all ranks, checkpoints."""

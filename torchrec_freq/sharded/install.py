@@ -1,0 +1,265 @@
+"""What is registered with TorchRec and wrapped in it, once, when the package is imported.
+
+What a new TorchRec version could move is named here, in :mod:`torchrec_freq.sharded.kernels` and in
+:mod:`torchrec_freq.sharded.opt_in`; what planning uses, in :mod:`torchrec_freq.planner`:
+
+- ``_OPTIMIZER_CLASS_TO_EMB_OPT_TYPE`` takes the class;
+- ``_create_embedding_kernel`` of the two grouped lookups makes our kernels for our tables;
+- ``ShardedEmbeddingBagCollection`` and ``ShardedEmbeddingCollection`` are where every rank sees
+  every table: there we refuse, before anything is built, join the shards of a table, and start each
+  step of their totals, in the methods that every forward comes through;
+- ``KeyedOptimizer.load_state_dict`` says what to do about the state of another optimizer;
+- ``EmbeddingStorageEstimator`` counts the bytes of the counters in every plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+import torchrec.distributed.utils as torchrec_utils
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embedding import ShardedEmbeddingCollection, get_ec_index_dedup
+from torchrec.distributed.embedding_lookup import (
+    GroupedEmbeddingsLookup,
+    GroupedPooledEmbeddingsLookup,
+)
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.planner import stats as planner_stats
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import ShardingOption, Storage
+from torchrec.optim.keyed import KeyedOptimizer
+
+from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.engine.replicated import average_and_apply
+from torchrec_freq.engine.tbe import NOT_COMPILED
+from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.sharded.kernels import (
+    FrequencyEmbedding,
+    FrequencyEmbeddingBag,
+    ModuleOptimizer,
+    ReplicatedEmbedding,
+    ReplicatedEmbeddingBag,
+    local_shards,
+    our_kernels,
+)
+from torchrec_freq.sharded.opt_in import (
+    find_tables,
+    is_frequency,
+    refuse_index_dedup,
+    trains_with_frequency,
+    without_optimizer,
+)
+from torchrec_freq.sharded.tables import FrequencyTables
+from torchrec_freq.state import ROW_COUNTER, check_state
+
+COUNTER_BYTES: Final = 4
+"""Bytes of a row's counter."""
+
+_TABLES: Final = "_frequency_tables"
+# Names that DistributedModelParallel and DDP put in front of a module's own path.
+_WRAPPERS: Final = ("_dmp_wrapped_module", "module")
+
+
+def install() -> None:
+    """Registers FrequencySGD with TorchRec. A second call does nothing."""
+    optimizers: dict[Any, Any] = torchrec_utils._OPTIMIZER_CLASS_TO_EMB_OPT_TYPE
+    if FrequencySGD in optimizers:
+        return
+    _wrap_kernel(
+        GroupedPooledEmbeddingsLookup,
+        fused=FrequencyEmbeddingBag,
+        dense=ReplicatedEmbeddingBag,
+        arguments=("pg", "device", "sharding_type"),
+    )
+    _wrap_kernel(
+        GroupedEmbeddingsLookup,
+        fused=FrequencyEmbedding,
+        dense=ReplicatedEmbedding,
+        arguments=("pg", "device"),
+    )
+    _wrap_sharded(ShardedEmbeddingBagCollection)
+    _wrap_sharded(ShardedEmbeddingCollection)
+    _wrap_load_state_dict()
+    _wrap_planner()
+    optimizers[FrequencySGD] = FrequencyConfig()
+
+
+def frequency_modules(model: nn.Module) -> Iterator[tuple[str, FrequencyTables]]:
+    """Path and tables of each sharded module of ``model`` that trains with FrequencySGD."""
+    for path, module in model.named_modules():
+        tables = module.__dict__.get(_TABLES)
+        if tables is not None:
+            yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), tables
+
+
+def _wrap_kernel(
+    lookup: type[Any], *, fused: type[Any], dense: type[Any], arguments: Sequence[str]
+) -> None:
+    stock = lookup._create_embedding_kernel
+    signature = inspect.signature(stock)
+    kernels = {EmbeddingComputeKernel.FUSED: fused, EmbeddingComputeKernel.DENSE: dense}
+
+    @functools.wraps(stock)
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        if not is_frequency(given["config"].fused_params):
+            return stock(self, *args, **kwargs)
+        kernel = kernels[given["config"].compute_kernel]
+        made = kernel(given["config"], **{name: given.get(name) for name in arguments})
+        # Only the stock method records that tables cached from host memory are to be prefetched.
+        if hasattr(self, "_need_prefetch"):
+            self._need_prefetch |= any(
+                table.compute_kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING
+                for table in given["config"].embedding_tables
+            )
+        return made
+
+    lookup._create_embedding_kernel = create
+
+
+def _wrap_sharded(sharded: type[Any]) -> None:
+    stock_init, stock_lookups = sharded.__init__, sharded._create_lookups
+    # Moving shards while training is TorchRec's for pooled tables only.
+    stock_update: Any = getattr(sharded, "update_shards", None)
+    signature = inspect.signature(stock_init)
+
+    @functools.wraps(stock_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs).arguments
+        plan = given["table_name_to_parameter_sharding"]
+        shared = given.get("fused_params") or {}
+        tables = find_tables(given["module"], shared, plan, given["env"])
+        if not tables:
+            stock_init(self, *args, **kwargs)
+            return
+        if "use_index_dedup" in signature.parameters and (
+            given.get("use_index_dedup") or get_ec_index_dedup()
+        ):
+            refuse_index_dedup(tables)
+        # nn.Module's own __setattr__ does not work before its __init__.
+        handle = FrequencyTables(tables, given["env"].process_group)
+        self.__dict__[_TABLES] = handle
+        stock_init(self, *args, **kwargs)
+        ModuleOptimizer.adopt(self._optim, handle)
+        for lookup in self._lookups:
+            if isinstance(lookup, DistributedDataParallel) and our_kernels([lookup]):
+                lookup.register_comm_hook(handle.process_group, average_and_apply)
+
+    @functools.wraps(stock_lookups)
+    def create_lookups(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_lookups(self, *args, **kwargs)
+        handle = self.__dict__.get(_TABLES)
+        if handle is not None:
+            handle.attach(local_shards(self._lookups, handle.rank), self._device)
+            for kernel in our_kernels(self._lookups):
+                kernel.fused_optimizer.tables = handle
+
+    def update_shards(self: Any, *args: Any, **kwargs: Any) -> None:
+        handle = self.__dict__.get(_TABLES)
+        if handle is None:
+            stock_update(self, *args, **kwargs)
+            return
+        # TorchRec would move our state as if it were a row-wise Adagrad's.
+        states = {name: handle.read(name) for name in handle.tables}
+        handle.moving = True
+        try:
+            stock_update(self, *args, **kwargs)
+        finally:
+            handle.moving = False
+        ModuleOptimizer.adopt(self._optim, handle)
+        for name, state in states.items():
+            handle.load(name, state)
+
+    # Pipelines call these instead of the module; they do not call each other.
+    for name in ("compute", "compute_and_output_dist"):
+        setattr(sharded, name, _stepped(getattr(sharded, name)))
+    sharded.__init__ = init
+    sharded._create_lookups = create_lookups
+    if stock_update is not None:
+        sharded.update_shards = functools.wraps(stock_update)(update_shards)
+
+
+def _stepped(stock: Any) -> Any:
+    """A method that begins a forward, with a step of the totals begun before it."""
+
+    @functools.wraps(stock)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = self.__dict__.get(_TABLES)
+        if handle is not None and torch.is_grad_enabled():
+            _advance(handle)
+        return stock(self, *args, **kwargs)
+
+    return run
+
+
+@torch.compiler.disable(reason=NOT_COMPILED)
+def _advance(handle: FrequencyTables) -> None:
+    handle.begin_step()
+
+
+def _wrap_load_state_dict() -> None:
+    """TorchRec refuses a state that is not ours by its size; we say what it is and what to do."""
+    stock = KeyedOptimizer.load_state_dict
+
+    @functools.wraps(stock)
+    def load_state_dict(self: KeyedOptimizer, state_dict: Mapping[str, Any]) -> None:
+        states = self.state  # a combined optimizer merges those of its parts at each access
+        for key, weight in self.params.items():
+            for name, ours in states.get(weight, {}).items():
+                table, _, state = name.rpartition(".")
+                if state == ROW_COUNTER:
+                    given = state_dict["state"].get(key, {})
+                    given = {n.removeprefix(f"{table}."): v for n, v in given.items()}
+                    check_state(table, given, ours.shape[0])
+        stock(self, state_dict)
+
+    KeyedOptimizer.load_state_dict = load_state_dict
+
+
+def _wrap_planner() -> None:
+    """TorchRec takes an optimizer that it does not know for a second table; ours has counters.
+
+    A shard of ``r`` rows has counters of ``4 r`` bytes, whatever its columns and type, beside the
+    table: in HBM on a GPU, also for tables in host memory (UVM); in host memory on a CPU.
+    """
+    stock = EmbeddingStorageEstimator.estimate
+    stock_multiplier = planner_stats._get_optimizer_multipler
+
+    @functools.wraps(stock)
+    def estimate(
+        self: Any, sharding_options: list[ShardingOption], sharder_data_map: dict[str, Any]
+    ) -> None:
+        ours = [option for option in sharding_options if is_ours(option, sharder_data_map)]
+        with without_optimizer({id(o.tensor): o.tensor for o in ours}.values()):
+            stock(self, sharding_options, sharder_data_map)
+        if self._is_inference:
+            return
+        on_device = self._topology.compute_device != "cpu"
+        for option in ours:
+            for shard in option.shards:
+                counters = COUNTER_BYTES * shard.size[0]
+                shard.storage += Storage(
+                    hbm=counters if on_device else 0, ddr=0 if on_device else counters
+                )
+
+    @functools.wraps(stock_multiplier)
+    def multiplier(optimizer_class: Any, shape: torch.Size) -> float:
+        if optimizer_class is FrequencySGD:
+            return 1 / int(shape[-1])  # as of row-wise Adagrad: exact for float32
+        result: float = stock_multiplier(optimizer_class, shape)
+        return result
+
+    EmbeddingStorageEstimator.estimate = estimate
+    planner_stats._get_optimizer_multipler = multiplier
+
+
+def is_ours(option: ShardingOption, sharder_data_map: Mapping[str, Any]) -> bool:
+    """Whether the table of a sharding option will train with FrequencySGD."""
+    data = sharder_data_map.get(option.module_type_key)
+    return trains_with_frequency(option.tensor, data.fused_params if data else None)

@@ -1,0 +1,209 @@
+"""Which tables opt in, with which settings, and what is refused before anything is built.
+
+TorchRec maps the class that a table's parameter names to the ``"optimizer"`` entry of its fused
+params. For ``FrequencySGD`` that entry is a ``FrequencyConfig``: no stock kernel accepts it, so a
+path that is not covered here fails instead of training with another rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import torchrec.distributed.utils as torchrec_utils
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import ParameterSharding, ShardingEnv2D, ShardingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+
+from torchrec_freq.config import (
+    DEFAULT_EPS,
+    DEFAULT_OWN_WEIGHT,
+    CountMode,
+    FrequencyConfig,
+    Normalize,
+    check_learning_rate,
+    pop_config,
+    refuse_coherence,
+)
+from torchrec_freq.sharded.tables import Table
+
+_KERNELS: Final = (
+    EmbeddingComputeKernel.FUSED.value,
+    EmbeddingComputeKernel.FUSED_UVM.value,
+    EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+)
+# Options of other fused optimizers, which FBGEMM's row-wise Adagrad ignores, or mixes with ours.
+_FOREIGN_OPTIONS: Final = (
+    "beta1",
+    "beta2",
+    "eta",
+    "momentum",
+    "weight_decay",
+    "weight_decay_mode",
+    "counter_based_regularization",
+    "cowclip_regularization",
+    "global_weight_decay",
+    "optimizer_state_dtypes",
+    "max_norm",
+)
+
+
+def fused_params(
+    lr: float,
+    *,
+    count: CountMode = "samples",
+    half_life: int | None = None,
+    own_weight: float = DEFAULT_OWN_WEIGHT,
+    normalize: Normalize | None = "table",
+    min_count: float = 1,
+    eps: float = DEFAULT_EPS,
+    coherence: None = None,
+) -> dict[str, Any]:
+    """Fused params that opt in all tables of a sharder.
+
+    >>> from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    >>> sharder = EmbeddingBagCollectionSharder(fused_params=fused_params(lr=0.05))
+
+    Args:
+        lr: learning rate, at least 0.
+        count, half_life, own_weight, normalize, min_count, eps: see
+            :class:`torchrec_freq.FrequencyConfig`.
+        coherence: an option of version 0.1; refused.
+
+    Returns:
+        A dict to which FBGEMM's own fused params can be added.
+
+    Raises:
+        ValueError: a wrong value.
+    """
+    refuse_coherence(coherence)
+    config = FrequencyConfig(
+        count=count,
+        half_life=half_life,
+        own_weight=own_weight,
+        normalize=normalize,
+        min_count=min_count,
+        eps=eps,
+    )
+    return {"optimizer": config, "learning_rate": check_learning_rate(lr)}
+
+
+def is_frequency(params: Mapping[str, Any] | None) -> bool:
+    """Whether fused params opt in."""
+    return isinstance((params or {}).get("optimizer"), FrequencyConfig)
+
+
+def trains_with_frequency(parameter: Any, shared: Mapping[str, Any] | None) -> bool:
+    """Whether an unsharded table will train with FrequencySGD under a sharder's fused params."""
+    return is_frequency(_resolve(parameter, shared or {}))
+
+
+@contextlib.contextmanager
+def without_optimizer(parameters: Iterable[Any]) -> Iterator[None]:
+    """Hides the optimizer classes of unsharded tables, which TorchRec's planner looks at."""
+    hidden = [(p, p._optimizer_classes) for p in parameters if hasattr(p, "_optimizer_classes")]
+    for parameter, _ in hidden:
+        parameter._optimizer_classes = [None]
+    try:
+        yield
+    finally:
+        for parameter, classes in reversed(hidden):
+            parameter._optimizer_classes = classes
+
+
+def find_tables(
+    module: Any, shared: Mapping[str, Any], plan: Mapping[str, ParameterSharding], env: Any
+) -> list[Table]:
+    """The tables of an unsharded collection that opted in; refuses, on every rank alike.
+
+    Args:
+        shared: the sharder's fused params.
+        plan: by table.
+        env: TorchRec's sharding environment.
+
+    Raises:
+        ValueError: what the engine cannot do exactly; names the table, what it asked for, and what
+            to use instead.
+    """
+    parameters = dict(module.named_parameters())
+    if hasattr(module, "embedding_bag_configs"):
+        configs, prefix = module.embedding_bag_configs(), "embedding_bags"
+    else:
+        configs, prefix = module.embedding_configs(), "embeddings"
+    tables = []
+    for config, outputs in zip(configs, get_embedding_names_by_table(configs), strict=True):
+        parameter = parameters.get(f"{prefix}.{config.name}.weight")
+        params = _resolve(parameter, shared)
+        if not is_frequency(params):
+            continue
+        frequency = pop_config(params, params.pop("optimizer"))
+        if foreign := [name for name in _FOREIGN_OPTIONS if name in params]:
+            raise ValueError(
+                f"Table {config.name!r}: FrequencySGD has no {', '.join(foreign)}; FBGEMM would "
+                "ignore it, or apply another rule. Take it out of the fused params."
+            )
+        _refuse(config.name, plan.get(config.name), env, parameter)
+        rows, columns = config.num_embeddings, config.embedding_dim
+        shards = getattr(plan[config.name].sharding_spec, "shards", None) or []
+        tables.append(
+            Table(
+                config.name,
+                rows,
+                columns,
+                len(outputs),
+                frequency,
+                split_columns=any(shard.shard_sizes[1] < columns for shard in shards),
+                split=len(shards) > 1 and len(set(plan[config.name].ranks or [])) > 1,
+            )
+        )
+    return tables
+
+
+def refuse_index_dedup(tables: Iterable[Table]) -> None:
+    """Refuses what needs every lookup where TorchRec looks up each id of a batch once.
+
+    Raises:
+        ValueError: names the table and the settings that do without.
+    """
+    for table in tables:
+        if table.config.count == "samples":
+            raise ValueError(
+                f"Table {table.name!r}: use_index_dedup merges the occurrences of an id, which "
+                f"count={table.config.count!r} must see. Shard without it, or use count='batches' "
+                "(or 'frozen')."
+            )
+
+
+def _resolve(parameter: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Fused params of an unsharded table, by TorchRec's order of precedence."""
+    own = getattr(parameter, "_optimizer_kwargs", [{}])[0]
+    params = {**shared, **own}
+    for optimizer in getattr(parameter, "_optimizer_classes", []):
+        if "optimizer" not in own:
+            params["optimizer"] = torchrec_utils._OPTIMIZER_CLASS_TO_EMB_OPT_TYPE.get(optimizer)
+    return params
+
+
+def _refuse(name: str, sharding: ParameterSharding | None, env: Any, parameter: Any) -> None:
+    if isinstance(env, ShardingEnv2D):
+        raise ValueError(
+            "FrequencySGD does not support 2D parallelism (DMPCollection): it averages the "
+            "optimizer state of its replicas, and counts must be summed. Use "
+            "DistributedModelParallel."
+        )
+    if sharding is None:
+        raise ValueError(f"Table {name!r} has no place in the sharding plan: plan the model anew.")
+    if not getattr(parameter, "requires_grad", True):
+        raise ValueError(
+            f"Table {name!r} has requires_grad=False, but fused tables train in every backward. "
+            "Name no optimizer for it, in its parameter or in the sharder's fused_params."
+        )
+    replicated = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+    kernels = (EmbeddingComputeKernel.DENSE.value,) if replicated else _KERNELS
+    if sharding.compute_kernel not in kernels:
+        raise ValueError(
+            f"Table {name!r}: FrequencySGD does not run on compute kernel "
+            f"{sharding.compute_kernel!r} under {sharding.sharding_type}. Constrain the "
+            f"planner: ParameterConstraints(compute_kernels=[...]) with {', '.join(kernels)}."
+        )

@@ -1,0 +1,227 @@
+"""The tables of one sharded module: this rank's shards, and whole tables over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.engine.tbe import CountingTBE, Membership, require_counts
+from torchrec_freq.engine.totals import TableTotals, TotalsTable
+from torchrec_freq.sharded.row_state import RowShard, RowState
+from torchrec_freq.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, TOTALS
+
+_CHUNK_ROWS: Final = 1 << 24
+"""Rows summed over the ranks at once: bounds the device memory that a large table needs."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the whole model, whatever its shards.
+
+    Attributes:
+        features: how many look it up.
+        split_columns: whether its columns are spread over shards.
+        split: whether its rows or columns are spread over ranks.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    features: int
+    config: FrequencyConfig
+    split_columns: bool = False
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A shard of a table on this rank: table ``index`` of ``tbe``.
+
+    Attributes:
+        row_offset: its first row.
+        columns: number of its columns.
+        primary: of the shards that hold the same rows, all but one are replicas of this one.
+    """
+
+    table: str
+    row_offset: int
+    columns: int
+    primary: bool
+    tbe: CountingTBE
+    index: int
+
+    def learning_rate(self) -> float:
+        """That of the next update."""
+        rate: float = self.tbe.get_learning_rate()  # type: ignore[attr-defined]
+        return rate
+
+
+@dataclass(frozen=True)
+class TableState:
+    """What a whole table has learned about its rows.
+
+    Attributes:
+        counts: int64 [rows], on the CPU.
+        totals: float64 [4], on the CPU: the row of ``TableTotals.values``.
+        age: steps since the counts were last halved.
+    """
+
+    counts: Tensor
+    totals: Tensor
+    age: int
+
+
+class FrequencyTables:
+    """The tables of one sharded module that train with FrequencySGD, the same on every rank.
+
+    Attributes:
+        tables: by name, in the same order on every rank.
+        shards: those of this rank.
+        totals: of the tables, summed over the ranks.
+        moving: set while TorchRec moves shards, which must not find our state.
+    """
+
+    def __init__(self, tables: Sequence[Table], process_group: dist.ProcessGroup | None) -> None:
+        self.tables = {table.name: table for table in tables}
+        self.process_group = process_group
+        self.shards: list[LocalShard] = []
+        self.moving = False
+        self._unchecked = any(table.config.count == "frozen" for table in tables)
+        self._attach_totals(None)
+
+    @property
+    def rank(self) -> int:
+        """This rank in the process group, 0 without one."""
+        return 0 if self.process_group is None else self.process_group.rank()
+
+    @property
+    def ranks(self) -> int:
+        """Ranks in the process group, 1 without one."""
+        return 1 if self.process_group is None else self.process_group.size()
+
+    def attach(self, shards: Sequence[LocalShard], device: torch.device | None) -> None:
+        """Takes over this rank's shards, freshly made, and joins their totals.
+
+        Args:
+            device: where the module was told to be; its shards, if there are any, know better.
+        """
+        self.shards = list(shards)
+        self._attach_totals(shards[0].tbe.counts.device if shards else device)
+        position = {name: index for index, name in enumerate(self.tables)}
+        first = {shard.table: shard for shard in reversed(shards)}
+        for tbe in {id(shard.tbe): shard.tbe for shard in shards}.values():
+            mine = sorted((s for s in shards if s.tbe is tbe), key=lambda shard: shard.index)
+            members = [
+                Membership(
+                    position[shard.table],
+                    shard.columns / self.tables[shard.table].columns,
+                    shard.primary,
+                    first[shard.table] is shard,
+                )
+                for shard in mine
+            ]
+            tbe.join(self.totals, members)
+
+    def begin_step(self) -> None:
+        """Starts a step of the totals, in a forward. All ranks must call it.
+
+        Raises:
+            RuntimeError: the counts of a table are frozen and none were loaded; on every rank.
+        """
+        self.totals.advance()
+        if self._unchecked:
+            counts_T = self.totals.values.select(1, 2).cpu()
+            self.reduce(counts_T, dist.ReduceOp.MAX)
+            for name, count in zip(self.tables, counts_T.tolist(), strict=True):
+                require_counts(self.tables[name].config, name, count)
+            self._unchecked = False
+
+    def _attach_totals(self, device: torch.device | None) -> None:
+        tables = [TotalsTable(t.features, t.config, t.split_columns) for t in self.tables.values()]
+        shared = self.ranks > 1 and any(table.split for table in self.tables.values())
+        group = self.process_group if shared else None
+        self.totals = TableTotals(tables, device, group)
+
+    def read(self, name: str) -> TableState:
+        """State of a whole table, the same on every rank. All ranks must call it."""
+        self.totals.settle()
+        counts_R = torch.zeros(self.tables[name].rows, dtype=torch.int64)
+        totals = torch.zeros(TOTALS, dtype=torch.float64)
+        age = torch.zeros(1, dtype=torch.int64)
+        for shard in self._shards_of(name):
+            totals, age = self.table_totals(name).cpu(), self.age(name).clone()
+            if shard.primary:
+                local_R = shard.tbe.settled_counts(shard.index).cpu()
+                counts_R[shard.row_offset : shard.row_offset + local_R.numel()] = local_R
+        for chunk_R in counts_R.split(_CHUNK_ROWS):
+            self.reduce(chunk_R, dist.ReduceOp.SUM)
+        for numbers in (totals, age):
+            self.reduce(numbers, dist.ReduceOp.MAX)
+        return TableState(counts_R, totals, int(age))
+
+    def load(self, name: str, state: TableState) -> None:
+        """Sets the state of a table: of its shards on this rank, and its totals."""
+        self.load_counts(name, state.counts)
+        self.table_totals(name).copy_(state.totals)
+        self.age(name).fill_(state.age)
+
+    def load_counts(self, name: str, counts_R: Tensor, squares: float | None = None) -> None:
+        """Sets the counts of a table's shards on this rank, and what goes with them.
+
+        Args:
+            squares: sum of the squares that the counts stand for; None keeps that of the table.
+        """
+        self.totals.settle()
+        for shard in self._shards_of(name):
+            local_R = shard.tbe.counts_of(shard.index)
+            local_R.copy_(counts_R[shard.row_offset : shard.row_offset + local_R.numel()])
+        totals = self.table_totals(name)
+        totals[2] = counts_R.sum(dtype=torch.float64)
+        if squares is not None:
+            totals[1], totals[3] = squares, totals[2]
+        self.age(name).zero_()
+
+    def table_totals(self, name: str) -> Tensor:
+        """float64 [4] view on the device: a row of ``TableTotals.values``."""
+        return self.totals.values[list(self.tables).index(name)]
+
+    def age(self, name: str) -> Tensor:
+        """int64 [1] view on the CPU: steps since the table's counts were last halved."""
+        return self.totals.ages.narrow(0, list(self.tables).index(name), 1)
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """State of a table that has shards here, by key, as views.
+
+        The counters are one tensor of all rows; the rest is equal on every rank.
+        """
+        counts = [
+            RowShard(
+                shard.row_offset,
+                shard.primary,
+                shard.tbe.counts_of(shard.index),
+                partial(shard.tbe.settled_counts, shard.index),
+            )
+            for shard in self._shards_of(name)
+        ]
+        return {
+            f"{name}.{ROW_COUNTER}": RowState(self.tables[name].rows, counts),
+            f"{name}.{TABLE_TOTALS}": self.table_totals(name),
+            f"{name}.{ROW_COUNTER_AGE}": self.age(name),
+        }
+
+    def _shards_of(self, name: str) -> list[LocalShard]:
+        return [shard for shard in self.shards if shard.table == name]
+
+    def reduce(self, values: Tensor, operation: Any) -> None:
+        """Over the ranks, in place, of a tensor on any device. All ranks must call it."""
+        if self.process_group is not None and self.process_group.size() > 1:
+            reduced = values.to(self.totals.values.device)
+            dist.all_reduce(reduced, operation, group=self.process_group)
+            values.copy_(reduced)
