@@ -1,8 +1,8 @@
-"""Runs the study and writes its tables and plots.
+"""Runs the study and writes its tables and pictures.
 
     python -m examples.study quick     some minutes: the main comparison
     python -m examples.study full      all experiments
-    python -m examples.study report    tables and plots of what has been run so far
+    python -m examples.study report    tables and pictures of what has been run so far
 
 make study and make study-full are the first two; the latter writes examples/study/RESULTS.md.
 
@@ -23,15 +23,14 @@ from examples.study.runner import run_all
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("command", choices=[*EXPERIMENTS, "report"])
     parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the data sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of results")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/study"), help="folder of the results"
+        "--tables", type=Path, help="folder of tables and pictures (default: --out)"
     )
-    parser.add_argument("--tables", type=Path, help="folder of tables and plots (default: --out)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args()
     results = Results(args.out / "results.jsonl")

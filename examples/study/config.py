@@ -98,7 +98,7 @@ HALF_LIVES = (50, 100, 200)
 OWN_WEIGHT = FrequencyConfig().own_weight
 FREQUENCY = weighted(OWN_WEIGHT)
 ROWWISE = Arm("RowWiseAdagrad", start=-5)
-CLIPPED = Arm("ClippedRowWiseAdagrad", {"own_weight": OWN_WEIGHT})
+CLIPPED = Arm("ClippedRowWiseAdagrad", {"own_weight": 5})  # with 1 it is row-wise Adagrad
 ADAGRAD = Arm("Adagrad", start=-5)
 SGD = Arm("SGD", start=4)
 VARIANTS = (
@@ -111,7 +111,7 @@ VARIANTS = (
 MAIN = (FREQUENCY, ROWWISE)
 ON_CUDA = (Arm("Adam", start=-10),) if torch.cuda.is_available() else ()  # FBGEMM's is nowhere else
 CANDIDATES = tuple(map(weighted, OWN_WEIGHTS))
-SPREAD = tuple(map(weighted, (1, 10, 30)))
+SPREAD = tuple(map(weighted, (1, 5, 10, 30)))
 AGEING = tuple(weighted(OWN_WEIGHT, half_life=steps) for steps in HALF_LIVES)
 
 _FM_TIME, _DLRM_TIME, *_IDS = _STREAMS = [
@@ -149,13 +149,13 @@ def _with(arms: tuple[Arm, ...], *experiments: Experiment) -> list[Experiment]:
 QUICK = (*_STREAMS, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS)
 FULL = (
     *QUICK,
-    *(replace(experiment, arms=(*CANDIDATES, ROWWISE)) for experiment in _CHOOSING),
     *_with(MAIN, *_CHOOSING, _CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM, _DEEP_FM),
     *(replace(experiment, arms=AGEING) for experiment in (*_DRIFTS, _FM_TIME, _DLRM_TIME, _FM)),
-    *_with((CLIPPED,), _FM_TIME, _DLRM_TIME, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM),
+    *(replace(experiment, arms=CANDIDATES) for experiment in _CHOOSING),
     *_with(SPREAD, _CLICKS_4, _DRIFTS[1]),
+    *_with((CLIPPED,), _FM_TIME, _DLRM_TIME, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS, _DLRM),
     *_with((ADAGRAD, SGD, *ON_CUDA), _FM_TIME, _FM, _CLICKS_4),
     *_with(VARIANTS, _FM),
-    *_with((*MAIN, CLIPPED), _LARGE, *_WHERE_PRESENT),
+    *_with((*MAIN, weighted(5)), _LARGE, *_WHERE_PRESENT),
 )
 EXPERIMENTS = {"quick": QUICK, "full": FULL}
