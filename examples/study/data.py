@@ -50,8 +50,8 @@ class Dataset:
         """One epoch."""
         order = self.rows["train"]
         if not self.in_time:
-            generator = torch.Generator().manual_seed(seed)
-            order = order[torch.randperm(len(order), generator=generator)]
+            random = torch.Generator().manual_seed(seed)
+            order = order[torch.randperm(len(order), generator=random)]
         for rows in order.split(batch_size)[: self.steps(batch_size)]:
             yield self.batch(rows)
 
@@ -159,8 +159,7 @@ def find(name: str, folder: Path) -> Path | None:
 @functools.cache
 def load(name: str, folder: Path) -> Dataset:
     """A data set that `find` finds."""
-    path = find(name, folder)
-    if path is None:
+    if (path := find(name, folder)) is None:
         raise FileNotFoundError(f"{folder} does not hold {name}.")
     if path.name.startswith("ml-"):
         return movielens_data(path, in_time=in_time(name), ids_only=name.endswith("-ids"))

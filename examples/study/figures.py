@@ -35,12 +35,13 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 
 def draw(settings: Settings, folder: Path) -> dict[str, str]:
-    """Writes the pictures for which there are results; returns their names and alt texts."""
+    """Writes pictures of the quick form's tasks; returns the names and alt texts of those made."""
     matplotlib.use("Agg")  # a file, no window
     from matplotlib import pyplot
 
     drawn = {}
-    ours = {name: arms for name, arms in settings.items() if FREQUENCY.label in arms}
+    known = {experiment.setting: settings.get(experiment.setting, {}) for experiment in QUICK}
+    ours = {name: arms for name, arms in known.items() if FREQUENCY.label in arms}
     with matplotlib.rc_context(STYLE):
         for name, (alt, measure, paint) in PICTURES.items():
             shown = {
@@ -56,9 +57,7 @@ def draw(settings: Settings, folder: Path) -> dict[str, str]:
 
 
 def _differences(figure: Any, settings: Settings) -> None:
-    """The quick form's tasks, one a row; a mark a measure, hollow in streams."""
-    quick = [experiment.setting for experiment in QUICK]
-    settings = {name: arms for name, arms in settings.items() if name in quick}
+    """One row a task, a mark a measure, hollow in streams."""
     figure.set_size_inches(7.5, 1 + 0.3 * len(settings))
     panel = figure.subplots()
     marks: dict[str, Any] = {}
@@ -142,14 +141,14 @@ def _rates(figure: Any, settings: Settings) -> None:
     (our_name, ours), (their_name, theirs) = list(ARMS.values())[:2]
     rate.fill_between(count, high**-0.5, low**-0.5, color=theirs, alpha=0.2, linewidth=0)
     rate.plot(count, median**-0.5, ".-", color=theirs, label=f"{their_name}: median, 80 % of rows")
-    rate.plot(count, predicted**-0.5, ".-", color=ours, label=our_name)
+    rate.plot(count, (predicted / 2) ** -0.5, ".-", color=ours, label=our_name)
     rate.set(xscale="log", yscale="log", xlabel="occurrences of the row", ylabel="rate / lr")
     rate.set_title(f"{name}, largest table")
     rate.legend()
     ratio = np.geomspace(0.01, 100, 60)
     move.plot(ratio, np.sqrt(ratio / (1 + ratio)), color=theirs)
     move.plot(ratio, np.sqrt(2 * ratio / (1 + OWN_WEIGHT * ratio)), color=ours)
-    move.set(xscale="log", ylim=(0, 1.05), title="how far a row moves in one step")
+    move.set(xscale="log", title="how far a row moves in one step")
     move.set(xlabel="square of the gradient / sum of the past ones", ylabel="move / lr")
 
 

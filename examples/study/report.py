@@ -18,9 +18,9 @@ Written by `python -m examples.study report`; `make study-full` makes all of it.
 AUC of FrequencySGD less AUC of row-wise Adagrad, paired by seed (the same initial weights and order
 of the data), ± the standard error of the mean. The seeds vary weights and order, not the data: the
 error does not say how much another data set would differ. Each optimizer is at its own best lr of a
-grid of quarter decades, chosen with the first seed by AUC on validation samples after that epoch,
-or, in a stream, by predict-then-train AUC over its first fifth. Others are judged: the test split,
-the last four fifths of the stream, and the samples after it. Adam trains the dense layers.
+grid of quarter decades, chosen by the seeds' mean AUC on validation samples after that epoch, or,
+in a stream, in predict-then-train over its first fifth. Others are judged: the test split, the last
+four fifths of the stream, and the samples after it. Adam trains the dense layers.
 
 `ml-100k`: MovieLens-100K, label: a rating of at least 4, random 80 / 10 / 10 split. `-time`: the
 oldest 80 % are the stream, in its order; `-ids`: users and items are the only features. `clicks-N`:

@@ -71,13 +71,11 @@ def deepfm(tables: EmbeddingBagCollection, dense: int) -> nn.Module:
     return model
 
 
-def dlrm(tables: EmbeddingBagCollection, dense: int) -> nn.Module:
-    model: nn.Module = DLRM(tables, dense, [32, EMBEDDING_DIM], [64, 32, 1])
-    return model
-
-
-Model = Callable[[EmbeddingBagCollection, int], nn.Module]
-MODELS: dict[str, Model] = {"FM": FM, "DeepFM": deepfm, "DLRM": dlrm}
+MODELS: dict[str, Callable[[EmbeddingBagCollection, int], nn.Module]] = {
+    "FM": FM,
+    "DeepFM": deepfm,
+    "DLRM": lambda tables, dense: DLRM(tables, dense, [32, EMBEDDING_DIM], [64, 32, 1]),
+}
 
 
 def build(run: Run, data: Dataset) -> Training:
