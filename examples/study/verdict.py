@@ -57,15 +57,13 @@ def own_weight_cases(settings: Settings) -> dict[int, Cases]:
 
 
 def settle_own_weight(settings: Settings) -> int | None:
-    """The rule's choice; None while a task that chooses is not complete."""
-    lost = {
-        weight: -min(case.mean for case in found.values())
+    """The rule's choice; None while a candidate has neither failed nor passed everywhere."""
+    passed = {
+        weight: len(found)
         for weight, found in own_weight_cases(settings).items()
-        if len(found) == CHOOSE_OWN_WEIGHT[1]
+        if all(case.mean >= -OWN_WEIGHT_MAY_COST for case in found.values())
     }
-    if len(lost) < len(OWN_WEIGHTS):
-        return None
-    return max(weight for weight in lost if lost[weight] <= OWN_WEIGHT_MAY_COST)
+    return max(passed) if set(passed.values()) == {CHOOSE_OWN_WEIGHT[1]} else None
 
 
 def half_life_cases(settings: Settings, chosen: str) -> dict[int, Cases]:
