@@ -152,11 +152,11 @@ FULL = (
     *QUICK,
     *_with(MAIN, *QUICK, *_CHOOSING, _DLRM, _DEEP_FM),
     *(replace(experiment, arms=AGEING) for experiment in (*_DRIFTS, _FM_TIME, _DLRM_TIME, _FM)),
-    *(replace(e, arms=CANDIDATES) for e in _CHOOSING if e.model == "FM"),
-    *_with((CLIPPED,), _FM_TIME, _FM, _CLICKS_4, *_DRIFTS),
-    *_with(SPREAD, _DRIFTS[1], _CLICKS_4),
-    *_with((ADAGRAD, SGD, *ON_CUDA), _FM_TIME, _FM),
+    *(replace(e, arms=CANDIDATES) for e in _CHOOSING if e.model == "FM" and e != _FM_1024),
     *_with(VARIANTS, _FM),
+    *_with((ADAGRAD, SGD, *ON_CUDA), _FM_TIME, _FM),
+    *_with((CLIPPED,), _FM_TIME, _FM, *_DRIFTS, _CLICKS_4),
+    *_with(SPREAD, _DRIFTS[1], _CLICKS_4),
     *_with((*MAIN, weighted(5)), _LARGE, *_WHERE_PRESENT),
 )
 EXPERIMENTS = {"quick": QUICK, "full": FULL}

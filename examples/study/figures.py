@@ -44,10 +44,9 @@ def draw(settings: Settings, folder: Path) -> dict[str, str]:
     ours = {name: arms for name, arms in known.items() if FREQUENCY.label in arms}
     with matplotlib.rc_context(STYLE):
         for name, (alt, measure, paint) in PICTURES.items():
-            shown = {
-                e: a for e, a in ours.items() if not measure or measure in a[FREQUENCY.label].best
-            }
-            if shown:
+            # A picture of no measure is of all: "" is in every name.
+            has = {e: measure in " ".join(arms[FREQUENCY.label].best) for e, arms in ours.items()}
+            if shown := {e: arms for e, arms in ours.items() if has[e]}:
                 figure = pyplot.figure(layout="constrained")
                 paint(figure, shown)
                 figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
@@ -66,15 +65,13 @@ def _differences(figure: Any, settings: Settings) -> None:
         for place, measure in enumerate(measures):
             difference = gain(arms, measure)
             assert difference is not None
-            marks[measure] = panel.errorbar(
-                difference.mean,
-                row + 0.22 * (place - (len(measures) - 1) / 2),
-                xerr=difference.error,
-                fmt=MARKS[place],
-                markersize=4,
-                color=list(ARMS.values())[place][1],
-                markerfacecolor="none" if STREAM in measures else None,
+            y = row + 0.22 * (place - (len(measures) - 1) / 2)
+            marker = MARKS[place]
+            bar = panel.errorbar(
+                difference.mean, y, xerr=difference.error, fmt=marker, color=f"C{place}"
             )
+            bar[0].set(markersize=4, markerfacecolor="none" if STREAM in measures else None)
+            marks[measure] = bar
     panel.axvline(0, color=GREY, linewidth=1)
     panel.set_yticks(range(len(settings)), list(settings))
     panel.invert_yaxis()

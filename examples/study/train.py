@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -16,12 +17,9 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.types import ShardingType
 from torchrec.models.deepfm import SimpleDeepFMNN
 from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import Adam, in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from examples.dlrm import DENSE_LR, load_weights
 from examples.dlrm import Arm as Training
@@ -44,8 +42,8 @@ EMBEDDING_DIM = 16
 class FM(nn.Module):
     """Factorization machine over the embeddings and a linear image of the dense features.
 
-    The image's constant part gives the linear terms. TorchRec's own `FactorizationMachine` sums
-    over the columns before it squares, which is another model; it is in DeepFM.
+    The image's constant part gives the linear terms. TorchRec's own `FactorizationMachine` sums the
+    columns before it squares, which is another model.
     """
 
     def __init__(self, tables: EmbeddingBagCollection, dense: int) -> None:
