@@ -25,7 +25,10 @@ four fifths of the stream, and the samples after it. Adam trains the dense layer
 `ml-100k`: MovieLens-100K, label: a rating of at least 4, random 80 / 10 / 10 split. `-time`: the
 oldest 80 % are the stream, in its order; `-ids`: users and items are the only features. `clicks-N`:
 planted embeddings in 26 tables of Criteo's format, N % clicks. `-drift`: the same, day after day,
-with popularity, and for `full-drift` planted values, that move."""
+with popularity, and for `full-drift` planted values, that move. `ClippedRowWiseAdagrad` is row-wise
+Adagrad with the weight of the own square of FrequencySGD: what clipping adds without counts, see
+`ablation.py`. FBGEMM 1.9's `ROWWISE_RMSPROP_AR` is left out: TorchRec has no class that leads to
+it."""
 
 
 def differences_table(settings: Settings) -> Table:
