@@ -1,6 +1,7 @@
 """RESULTS.md: its tables and words. All figures are of samples that chose no lr."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from examples.study import figures, verdict
@@ -53,26 +54,12 @@ def targets_table(settings: Settings) -> Table:
     return table
 
 
-def gains_table(columns: Mapping[int, Cases], name: str, floor: float) -> Table:
-    """A column a value of an option; bold: below the floor."""
+def cases_table(columns: Mapping[str, Cases], floor: float = -1) -> Table:
+    """A row a task and measure; bold: below the floor."""
     rows = dict.fromkeys(case for cases in columns.values() for case in cases)
-    table = [["task", *(f"{name} {value}" for value in columns)]]
+    table = [["task", *columns]]
     for row in rows:
         table.append([row, *(_cell(cases.get(row), floor) for cases in columns.values())])
-    return table
-
-
-def lr_table(settings: Settings) -> Table:
-    """How FrequencySGD stands beside row-wise Adagrad where lr is not its best."""
-    table = [["task", "best lr, row-wise Adagrad", "FrequencySGD", "both at row-wise Adagrad's"]]
-    table[0] += ["each at 3 times its best", "each at 10 times"]
-    for name, arms in settings.items():
-        measure = arms[ROWWISE.label].experiment.measures[0]
-        if FREQUENCY.label in arms:
-            best = [f"{lr_at(arms[arm.label].best[measure]):g}" for arm in (ROWWISE, FREQUENCY)]
-            beyond = (gain(arms, measure, times=steps) for steps in STRESS)
-            cells = map(_cell, (gain(arms, measure, at_their_lr=True), *beyond))
-            table.append([f"{name}, {measure}", *best, *cells])
     return table
 
 
@@ -134,13 +121,19 @@ def _document(settings: Settings, drawn: Mapping[str, str]) -> Iterator[str]:
         "What the candidates gain over own_weight 1, and half-lives over none; bold: a cost that "
         "the rule does not allow, or no gain on a drift."
     )
-    costs = verdict.own_weight_cases(settings)
-    yield markdown(gains_table(costs, "own_weight", -verdict.OWN_WEIGHT_MAY_COST))
+    costs = {f"own_weight {n}": found for n, found in verdict.own_weight_cases(settings).items()}
+    yield markdown(cases_table(costs, -verdict.OWN_WEIGHT_MAY_COST))
     for chosen, floor in ((verdict.DRIFTING, 0), (verdict.STEADY, -verdict.HALF_LIFE_MAY_COST)):
         gains = verdict.half_life_cases(settings, chosen[0])
-        yield markdown(gains_table(gains, "half_life", floor))
-    yield "## How much the choice of lr matters"
-    yield markdown(lr_table(settings))
+        yield markdown(cases_table({f"half_life {n}": gains[n] for n in gains}, floor))
+    yield "## How much the choice of lr matters\n\nFrequencySGD less row-wise Adagrad:"
+    first = partial(verdict.cases, settings, f"epoch 1|{STREAM}")
+    beyond = {
+        "both at row-wise Adagrad's best lr": first(partial(gain, at_their_lr=True)),
+        "each at 3 times its best": first(partial(gain, times=STRESS[0])),
+        "each at 10 times": first(partial(gain, times=STRESS[1])),
+    }
+    yield markdown(cases_table(beyond))
     yield pictures.get("lr", "")
     yield "## Along the way"
     yield pictures.get("epochs", "")
