@@ -19,7 +19,7 @@ READY    := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo study study-full bench test test-next lint format docs clean distclean
+.PHONY: help setup demo study study-full bench test test-next lint format docs wheel clean distclean
 
 # Ranks and test processes share the cores: one OpenMP thread each, or they slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -89,6 +89,11 @@ format: setup  ## let ruff rewrite the sources
 docs: setup  ## build the documentation into docs/_build/html
 	@$(PY) -m sphinx -W -n -q docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+wheel: setup  ## build and check the wheel and the source archive, into dist
+	@rm -rf dist
+	@$(PY) -m build -q
+	@$(PY) -m twine check --strict dist/*
 
 clean:  ## remove build products and caches
 	@rm -rf build dist docs/_build *.egg-info .ci/fbgemm-cpu/build .ci/fbgemm-cpu/*.egg-info

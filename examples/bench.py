@@ -1,4 +1,4 @@
-"""What a step costs with FrequencySGD, as a ratio to FBGEMM's plain SGD, beside other optimizers.
+"""What a step costs with FrequencySGD, beside FBGEMM's plain SGD, its row-wise Adagrad and others.
 
     python -m examples.bench tbe                                               # bare FBGEMM tables
     torchrun --standalone --nproc-per-node 2 -m examples.bench sharded         # TorchRec, two ranks
@@ -53,17 +53,18 @@ from tqdm import tqdm
 
 from examples.dlrm import optimizer_bytes
 from torchrec_freq import FrequencyConfig, FrequencySGD
-from torchrec_freq.planner import make_planner
 from torchrec_freq.engine.tbe import FrequencyTBE
+from torchrec_freq.planner import make_planner
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCHES = 4  # different batches that take turns
 LR = 0.01
 BASE = "SGD"
+ADAGRAD = "RowWiseAdagrad"  # what a user comes from
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     BASE: torch.optim.SGD,
     "FrequencySGD": FrequencySGD,
-    "RowWiseAdagrad": RowWiseAdagrad,
+    ADAGRAD: RowWiseAdagrad,
     "Adagrad": torch.optim.Adagrad,
 }
 # The kernels of FBGEMM; ours and its counter mode are built on another one.
@@ -71,7 +72,7 @@ TBE_OPTIMIZERS = {
     BASE: EmbOptimType.EXACT_SGD,
     "FrequencySGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "COUNTER_SGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "RowWiseAdagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    ADAGRAD: EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "Adagrad": EmbOptimType.EXACT_ADAGRAD,
 }
 
@@ -132,6 +133,7 @@ class Result:
 
     Attributes:
         ratio: quartiles of step time over that of SGD in the same turn.
+        to_adagrad: the same over that of row-wise Adagrad; empty where it did not take part.
         ms: median.
         state_bytes: of the optimizer, a row.
         peak_bytes: most memory that a step takes besides what is there before.
@@ -145,6 +147,7 @@ class Result:
     shape: Shape
     optimizer: str
     ratio: list[float]
+    to_adagrad: list[float]
     ms: float
     state_bytes: float
     peak_bytes: int
@@ -153,8 +156,8 @@ class Result:
 
 def measure(
     steps: dict[str, Step], device: torch.device, turns: int, warm_up: int = 4
-) -> dict[str, tuple[list[float], float, int, int]]:
-    """Quartiles of the ratio to ``BASE``, median ms, peak bytes and operators of each step."""
+) -> dict[str, tuple[list[float], list[float], float, int, int]]:
+    """Quartiles of the ratios to ``BASE`` and ``ADAGRAD``, median ms, peak bytes and operators."""
     order, rng = list(steps), random.Random(0)
     for turn in range(warm_up):
         for name in order:
@@ -164,11 +167,15 @@ def measure(
         rng.shuffle(order)  # the same on every rank
         for name in order:
             taken[name].append(_time(steps[name], turn % BATCHES, device))
+
+    def ratios(ms: list[float], other: str) -> list[float]:
+        pairs = zip(ms, taken.get(other, []), strict=other in taken)
+        return statistics.quantiles([own / base for own, base in pairs]) if other in taken else []
+
     return {
         name: (
-            statistics.quantiles(
-                [own / base for own, base in zip(ms, taken[BASE], strict=True)], n=4
-            ),
+            ratios(ms, BASE),
+            ratios(ms, ADAGRAD),
             statistics.median(ms),
             _peak(steps[name], device),
             _operators(steps[name]),
@@ -262,16 +269,17 @@ def bench_tbe(shapes: list[Shape], device: torch.device, turns: int) -> list[Res
 
         figures = measure({name: step_of(tbe) for name, tbe in tbes.items()}, device, turns)
         for name, tbe in tbes.items():
-            ratio, ms, *rest = figures[name]
+            ratio, to_adagrad, ms, *rest = figures[name]
             state = _tbe_state_bytes(tbe) / (shape.tables * shape.rows)
-            results.append(Result("tbe", 1, device.type, shape, name, ratio, ms, state, *rest))
+            key = ("tbe", 1, device.type, shape, name)
+            results.append(Result(*key, ratio, to_adagrad, ms, state, *rest))
     return results
 
 
 def _tbe_optimizers(shape: Shape) -> list[str]:
     names = list(TBE_OPTIMIZERS)
     # Five copies of the largest tables do not fit in memory.
-    return names if shape.tables * shape.rows * shape.dim <= 2**28 else names[:2]
+    return names if shape.tables * shape.rows * shape.dim <= 2**28 else [*names[:2], ADAGRAD]
 
 
 def _tbe(optimizer: str, shape: Shape, device: torch.device) -> Any:
@@ -317,10 +325,10 @@ def _ids(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor]
 
 
 def profile_tbe(shape: Shape, device: torch.device, steps: int = 20, lines: int = 12) -> str:
-    """Where a step with FrequencySGD takes longer than with SGD, by operator, as Markdown."""
+    """Where a step takes longer than with row-wise Adagrad, by operator, as Markdown."""
     batches = [_ids(shape, device, seed) for seed in range(BATCHES)]
     gradient = torch.randn(shape.batch, shape.tables * shape.dim, device=device)
-    base = _ms_by_operator(BASE, shape, batches, gradient, steps)
+    base = _ms_by_operator(ADAGRAD, shape, batches, gradient, steps)
     ours = _ms_by_operator("FrequencySGD", shape, batches, gradient, steps)
     pairs = {name: (base.get(name, 0.0), ours.get(name, 0.0)) for name in base | ours}
     largest = sorted(pairs, key=lambda name: pairs[name][0] - pairs[name][1])[:lines]
@@ -328,7 +336,7 @@ def profile_tbe(shape: Shape, device: torch.device, steps: int = 20, lines: int 
     total = (sum(base.values()), sum(ours.values()))
     rest = [whole - sum(part[i] for part in rows.values()) for i, whole in enumerate(total)]
     rows |= {"all others": (rest[0], rest[1]), "step": total}
-    table = ["| operator, ms a step | SGD | FrequencySGD | more |", "|---|---|---|---|"]
+    table = ["| operator, ms a step | RowWiseAdagrad | FrequencySGD | more |", "|---|---|---|---|"]
     table += [f"| {name} | {a:.2f} | {b:.2f} | {b - a:.2f} |" for name, (a, b) in rows.items()]
     return "\n".join([f"{shape}:", "", *table, ""])
 
@@ -382,11 +390,10 @@ def bench_sharded(shape: Shape, device: torch.device, turns: int) -> list[Result
         if rank == 0:
             print(f"{workload} on {ranks} ranks: {turns} turns", flush=True)
         figures = measure(steps, device, turns)
-        for optimizer, (ratio, ms, *rest) in figures.items():
+        for optimizer, (ratio, to_adagrad, ms, *rest) in figures.items():
             state = optimizer_bytes(models[optimizer]) / (shape.tables * shape.rows)
-            results.append(
-                Result(workload, ranks, device.type, shape, optimizer, ratio, ms, state, *rest)
-            )
+            key = (workload, ranks, device.type, shape, optimizer)
+            results.append(Result(*key, ratio, to_adagrad, ms, state, *rest))
     return results
 
 
@@ -459,31 +466,33 @@ def _model(
 
 
 def table(results: list[Result]) -> str:
-    """Ratios to SGD, a line a workload and shape."""
+    """Ratios, a line a workload and shape."""
     optimizers = list(TBE_OPTIMIZERS)
     lines = [
         "| workload, ranks | tables x rows x dim, batch, ids a bag | SGD, ms | "
         + " | ".join(optimizers[1:])
-        + " | peak | operators |",
-        "|---" * (len(optimizers) + 4) + "|",
+        + " | of RowWiseAdagrad | peak | operators |",
+        "|---" * (len(optimizers) + 5) + "|",
     ]
     for key in dict.fromkeys((r.workload, r.ranks, r.shape) for r in results):
         of = {r.optimizer: r for r in results if (r.workload, r.ranks, r.shape) == key}
-        base, ours = of[BASE], of["FrequencySGD"]
+        base, ours, theirs = of[BASE], of["FrequencySGD"], of[ADAGRAD]
         cells = [f"{key[0]}, {key[1]}", str(key[2]), f"{base.ms:.1f}"]
-        for name in optimizers[1:]:
-            low, middle, high = of[name].ratio if name in of else (0, 0, 0)
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})" if name in of else "")
+        ratios = [of[name].ratio if name in of else [] for name in optimizers[1:]]
+        for quartiles in [*ratios, ours.to_adagrad]:
+            low, middle, high = quartiles or (0, 0, 0)
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})" if quartiles else "")
         weights = key[2].tables * key[2].rows * key[2].dim * 4 / key[1]
         state = ours.state_bytes * key[2].tables * key[2].rows / key[1]
-        peak = (weights + state + ours.peak_bytes) / (weights + base.peak_bytes)
-        cells += [f"{peak:.3f}", f"+{ours.operators - base.operators}"]
+        peak = (weights + state + ours.peak_bytes) / (weights + state + theirs.peak_bytes)
+        cells += [f"{peak:.3f}", f"+{ours.operators - theirs.operators}"]
         lines.append("| " + " | ".join(cells) + " |")
     states = {r.optimizer: f"{r.state_bytes:.4g}" for r in results if r.shape.dim == 64}
     lines += [
         "",
-        "Median ratio to SGD in a turn (quartiles). Peak: memory of tables, state and step, "
-        "FrequencySGD / SGD. Operators: those that FrequencySGD adds to a step.",
+        "Median ratio to SGD in a turn (quartiles), and that of FrequencySGD to RowWiseAdagrad. "
+        "Peak: memory of tables, state and step, FrequencySGD / RowWiseAdagrad. Operators: those "
+        "that a step of FrequencySGD has more.",
         "State, bytes a row of 64 columns: "
         + ", ".join(f"{name} {size}" for name, size in states.items())
         + ".",

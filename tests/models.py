@@ -229,17 +229,18 @@ def shard(
     sharder: Any,
     weights: Mapping[str, Tensor],
     dtensor: bool = False,
+    group: Any = None,
+    device: str = "cpu",
 ) -> DistributedModelParallel:
     """Shards by hand-made ``plan`` (table -> TorchRec generator) and copies ``weights`` in."""
-    group = dist.group.WORLD
-    assert group is not None
+    group = group or dist.group.WORLD
     module_plan = construct_module_sharding_plan(
-        collection, dict(plan), sharder=sharder, device_type="cpu"
+        collection, dict(plan), sharder=sharder, device_type=device
     )
     model = DistributedModelParallel(
         module=collection,
         env=ShardingEnv(group.size(), group.rank(), group, output_dtensor=dtensor),
-        device=torch.device("cpu"),
+        device=torch.device(device) if device == "cpu" else torch.device(device, dist.get_rank()),
         plan=ShardingPlan(plan={"": module_plan}),
         sharders=[sharder],
     )

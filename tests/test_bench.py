@@ -95,7 +95,7 @@ def test_profile_names_what_counts() -> None:
     profile = profile_tbe(SHAPE, CPU, steps=2, lines=1000)
     (count,) = (line for line in profile.splitlines() if "aten::scatter_add_" in line)
     assert count.split("|")[2].strip() == "0.00"
-    assert "fbgemm::split_embedding_backward_codegen_sgd_cpu" in profile
+    assert "fbgemm::split_embedding_backward_codegen_rowwise_adagrad_cpu" in profile
 
 
 def test_sweeps_vary_one_number() -> None:

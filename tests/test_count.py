@@ -78,7 +78,7 @@ def test_a_batch_larger_than_what_is_counted_at_once(monkeypatch: pytest.MonkeyP
 
 def test_counts_saturate() -> None:
     tally = count._Tally({"a": 3}, modulo=False)
-    tally._counters["a"].counts.fill_(COUNT_CEILING - 5)
+    tally._counts["a"].fill_(COUNT_CEILING - 5)
     for size in (3, 10, 1000):
         tally.add("a", np.ones(size, np.int32), "here")
         tally.add("a", np.full(1, 2), "here")

@@ -51,14 +51,13 @@ def test_what_is_missing_comes_with_a_command(here: list[dict[str, Any]]) -> Non
     ("before", "text"),
     [
         (
-            "from torchrec_freq import group\n"
-            "rule = group.row_multiplier\n"
-            "group.row_multiplier = lambda *inputs: rule(*inputs) * 1.001",
+            "from torchrec_freq.engine import tbe\n"
+            "rule = tbe.lent_squares\n"
+            "tbe.lent_squares = lambda *inputs: rule(*inputs) * 1.001",
             "table-wise: weights differ by up to",
         ),
         (
-            "from torchrec_freq.engine.counters import RowCounters\n"
-            "RowCounters.add = lambda *inputs: None",
+            "from torchrec_freq.engine import tbe\ntbe.counted = lambda mode, before, now: before",
             "row-wise: the counts are wrong",
         ),
         (

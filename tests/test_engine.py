@@ -28,9 +28,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrec_freq import COUNT_CEILING, FrequencyConfig
+from torchrec_freq.engine.counting import CountingTBE, Membership
 from torchrec_freq.engine.lookups import Batch, has_gradient
 from torchrec_freq.engine.replicated import ReplicatedTBE
-from torchrec_freq.engine.tbe import CountingTBE, FrequencyTBE, Membership
+from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 
 SHAPES = [(11, 8), (5, 16), (40, 16)]
@@ -387,7 +388,7 @@ def test_tiny_gradients_count() -> None:
 def test_columns_that_only_another_shard_sees_a_gradient_of() -> None:
     """Its counts come to be the same; a feature without a gradient anywhere counts nowhere."""
     for mode in ("samples", "batches"):
-        config = FrequencyConfig(count=mode)  # type: ignore[arg-type]
+        config = FrequencyConfig(count=mode)
         whole = TableTotals([TotalsTable(2, config, split_columns=True)])
         shards = [
             FrequencyTBE(specs([(9, 8)]), frequency=config, feature_table_map=[0, 0])
@@ -826,3 +827,21 @@ def test_cuda_backward_on_another_stream() -> None:
         torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     same(one, two)
+
+
+@needs_cuda
+def test_cuda_variable_batch_per_feature() -> None:
+    cpu, gpu = (on(device, EmbeddingLocation.DEVICE) for device in ("cpu", "cuda"))
+    sizes = [[3], [1], [2], [4]]
+    offsets = torch.tensor([0, 1, 3, 3, 5, 6, 6, 7, 9, 10, 12])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([11] * 3 + [5] * 3 + [40] * 6)
+    for _ in range(3):
+        ids = (rows * torch.rand(12, generator=generator)).long()
+        for tbe, device in ((cpu, "cpu"), (gpu, "cuda")):
+            output = tbe(ids.to(device), offsets.to(device), batch_size_per_feature_per_rank=sizes)
+            (output - 0.3).square().mean().backward()
+    for a, b in zip(counts(cpu), counts(gpu), strict=True):
+        assert torch.equal(a, b.cpu())
+    for a, b in zip(cpu.split_embedding_weights(), gpu.split_embedding_weights(), strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-6)

@@ -27,9 +27,9 @@ from torchrec_freq.traffic import CountHistogram, bin_counts, sample_bin_counts
 
 RATES = [0.5, 0.25, 0.125]
 OPTIONS: list[dict[str, Any]] = [
-    {"min_count": 1},
-    {"min_count": 3, "coherence": 0.0},
-    {"min_count": 1, "normalize": None},
+    {},
+    {"own_weight": 1},
+    {"normalize": None, "min_count": 2},
 ]
 
 
@@ -68,23 +68,24 @@ def brute_force(model: nn.Module, tables: list[TableSpec], factor: float = 1) ->
         top = len(counts) / 100
         hottest = counts[::-1][: int(top)].sum() + (top % 1) * counts[::-1][int(top)]
         table["top_1pct_lookups"] = hottest / max(counts.sum(), 1)
-        squares, elements = state.scale[:2].tolist()
+        _, squares, total, occurrences = state.totals.tolist()
         options = OPTIONS[i % 3]
-        scale = (squares / elements) ** 0.5 if elements else 0.0
         normalized = options.get("normalize", "table") is not None
-        if normalized and scale:
-            table["scale"] = scale
+        if normalized and squares:
+            table["scale"] = (squares / occurrences) ** 0.5
         for name, share in {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}.items():
             if len(seen) == 0:
                 continue
             c = float(np.quantile(seen, share, method="inverted_cdf"))
             table[f"count_{name}"] = c
-            if normalized and not scale:
+            if not normalized:
+                root = max(c, options["min_count"]) ** 0.5
+            elif squares:
+                own = options.get("own_weight", 5) * squares / occurrences
+                root = ((squares * c / total + own) / 2) ** 0.5
+            else:
                 continue
-            effective = c * (1 + options.get("coherence", 0.03) * c / int(state.steps[0]))
-            root = max(effective, options["min_count"]) ** 0.5
-            rate = factor * RATES[i % 3] / root
-            table[f"lr_at_{name}"] = rate / scale if normalized else rate
+            table[f"lr_at_{name}"] = factor * RATES[i % 3] / root
         numbers.update({f"{t.name}/{key}": value for key, value in table.items()})
     return numbers
 
@@ -221,21 +222,17 @@ def test_refuses_wrong_arguments() -> None:
 
 
 @on_ranks(1)
-def test_counts_above_the_ceiling_and_after_loading() -> None:
+def test_loaded_counts_before_a_gradient() -> None:
     model = make_model("table_wise", TABLES, 1)
     counts = {t.name: torch.zeros(t.rows, dtype=torch.int64) for t in TABLES}
     counts["a"][3] = COUNT_CEILING
     counts["c"][:3] = torch.tensor([4, 9, 16])
-    torchrec_freq.load_row_counts(model, counts, steps=100)
-    ((_, handle),) = frequency_modules(model)
-    for group in {id(s.group): s.group for s in handle.shards if s.table == "a"}.values():
-        group.counters.counts += 5  # as between two clamps
+    torchrec_freq.load_row_counts(model, counts)
     numbers = TrainingMonitor(model, write=print).read()
     assert numbers["a/count_max"] == COUNT_CEILING
     # Without a gradient there is no scale, and so no rate, but for the table that needs none.
     assert "a/lr_at_max" not in numbers and "a/scale" not in numbers
-    effective = 16 * (1 + 0.03 * 16 / 100)
-    assert numbers["c/lr_at_max"] == pytest.approx(RATES[2] / effective**0.5, rel=1e-6)
+    assert numbers["c/lr_at_max"] == pytest.approx(RATES[2] / 4, rel=1e-6)
 
 
 def exact(counts: Tensor) -> CountHistogram:

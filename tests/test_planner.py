@@ -23,6 +23,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import stats as planner_stats
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import EmbeddingOffloadScaleupProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
@@ -38,7 +39,6 @@ import torchrec_freq
 from torchrec_freq import FrequencyConfig, FrequencySGD
 from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.planner import (
-    FrequencyStorageEstimator,
     cache_statistics,
     make_planner,
     shard_loads,
@@ -49,7 +49,7 @@ GIB = 1 << 30
 
 
 def options(
-    estimator: type[EmbeddingStorageEstimator], topology: Topology, optimizer: Any, by_sharder: bool
+    topology: Topology, optimizer: Any, by_sharder: bool
 ) -> dict[tuple[str, str, str], list[Any]]:
     """Storages of the shards of every option: (table, sharding type, kernel) -> shards."""
     collection = make_collection(TABLES, device=torch.device("meta"))
@@ -66,7 +66,7 @@ def options(
             t.name: ParameterConstraints([t.value for t in ShardingType], min_partition=4)
             for t in TABLES
         },
-        estimator=estimator(topology=topology),
+        estimator=EmbeddingStorageEstimator(topology=topology),
     )
     return {
         (o.name, o.sharding_type, o.compute_kernel): [(s.size, s.storage) for s in o.shards]
@@ -78,8 +78,8 @@ def options(
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_counters_are_all_that_comes_on_top_of_sgd(device: str, by_sharder: bool) -> None:
     topology = Topology(world_size=4, local_world_size=2, compute_device=device)
-    sgd = options(EmbeddingStorageEstimator, topology, torch.optim.SGD, by_sharder=False)
-    ours = options(FrequencyStorageEstimator, topology, FrequencySGD, by_sharder)
+    sgd = options(topology, torch.optim.SGD, by_sharder=False)
+    ours = options(topology, FrequencySGD, by_sharder)
     kinds = {kind for _, kind, _ in ours}
     assert {"table_wise", "column_wise", "data_parallel"} <= kinds
     if device == "cuda":
@@ -96,10 +96,41 @@ def test_counters_are_all_that_comes_on_top_of_sgd(device: str, by_sharder: bool
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, RowWiseAdagrad, torch.optim.Adam, None])
 def test_other_optimizers_are_estimated_as_before(optimizer: Any) -> None:
     topology = Topology(world_size=2, compute_device="cuda")
-    arguments = (topology, optimizer, False)
-    assert options(FrequencyStorageEstimator, *arguments) == options(
-        EmbeddingStorageEstimator, *arguments
-    )
+    wrapped: Any = EmbeddingStorageEstimator.estimate
+    ours = options(topology, optimizer, False)
+    EmbeddingStorageEstimator.estimate = wrapped.__wrapped__
+    try:
+        assert options(topology, optimizer, False) == ours
+    finally:
+        EmbeddingStorageEstimator.estimate = wrapped
+
+
+def test_torchrecs_own_planner_does_not_see_a_second_table() -> None:
+    """A model that fits stays in the memory of the GPU, as with row-wise Adagrad."""
+
+    def kernels(optimizer: Any) -> set[str]:
+        collection: Any = EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(
+                    name=f"t{i}",
+                    num_embeddings=5_000_000,
+                    embedding_dim=64,
+                    feature_names=[f"f{i}"],
+                )
+                for i in range(8)
+            ],
+            device=torch.device("meta"),
+        )
+        apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": LR})
+        topology = Topology(world_size=1, compute_device="cuda", hbm_cap=16 * GIB)
+        planner = EmbeddingShardingPlanner(topology=topology, batch_size=512)
+        sharder: Any = EmbeddingBagCollectionSharder()
+        plan = planner.plan(collection, [sharder])
+        return {sharding.compute_kernel for sharding in plan.plan[""].values()}
+
+    assert kernels(FrequencySGD) == kernels(RowWiseAdagrad) == {"fused"}
+    shape = torch.Size([10, 64])
+    assert planner_stats._get_optimizer_multipler(FrequencySGD, shape) == 1 / 64
 
 
 def check_allocation(kind: str, optimizers: dict[str, Any], dtype: DataType) -> None:
@@ -136,12 +167,12 @@ def check_allocation(kind: str, optimizers: dict[str, Any], dtype: DataType) -> 
         collection, device=torch.device("cpu"), plan=plan, sharders=[sharder]
     )
     ((_, tables),) = frequency_modules(model)
-    groups = {id(shard.group): shard.group for shard in tables.shards}.values()
-    allocated = sum(g.counters.counts.untyped_storage().nbytes() for g in groups)
+    tbes = {id(shard.tbe): shard.tbe for shard in tables.shards}.values()
+    allocated = sum(tbe.counts.untyped_storage().nbytes() for tbe in tbes)
 
-    def estimated(estimator: type[EmbeddingStorageEstimator], optimizers: dict[str, Any]) -> int:
+    def estimated(optimizers: dict[str, Any]) -> int:
         enumerator = EmbeddingEnumerator(
-            topology, 8, constraints, estimator=estimator(topology=topology)
+            topology, 8, constraints, estimator=EmbeddingStorageEstimator(topology=topology)
         )
         chosen = {
             o.name: o
@@ -157,10 +188,7 @@ def check_allocation(kind: str, optimizers: dict[str, Any], dtype: DataType) -> 
         )
 
     sgd = {t.name: optimizers.get(t.name, torch.optim.SGD) for t in TABLES}
-    counters = estimated(FrequencyStorageEstimator, optimizers) - estimated(
-        EmbeddingStorageEstimator, sgd
-    )
-    assert counters == allocated
+    assert estimated(optimizers) - estimated(sgd) == allocated
     whole = torch.tensor(allocated)
     dist.all_reduce(whole)
     assert whole >= 4 * sum(t.rows for t in TABLES if t.name not in optimizers)
@@ -201,9 +229,9 @@ def test_counters_of_tables_in_host_memory_are_in_hbm(kernel: str) -> None:
                 ComputeDevice.CUDA,
             )
         ],
-        optimizer=OptimType.EXACT_SGD,
+        optimizer=OptimType.EXACT_ROWWISE_ADAGRAD,
     )
-    counts = FrequencyTBE.adopt(tbe, FrequencyConfig()).group.counters.counts
+    counts = FrequencyTBE.adopt(tbe, FrequencyConfig()).counts
     assert counts.device.type == "cuda" and counts.untyped_storage().nbytes() == 4 * 1000
 
 
@@ -426,8 +454,8 @@ def test_plan_with_counts_trains() -> None:
 
 
 @on_ranks(2)
-def test_model_that_only_ours_lets_in() -> None:
-    """The tables fit, a second copy of them does not."""
+def test_model_that_fits_is_let_in_by_both_planners() -> None:
+    """The tables fit, a second copy of them does not, which TorchRec would count for Adagrad."""
     tables = [TableSpec(f"t{i}", 20_000, 64, [f"x{i}"]) for i in range(4)]
     needed = 2 * 20_000 * (64 * 4 + 4)  # two tables a rank
     topology = Topology(world_size=2, compute_device="cpu", ddr_cap=int(needed * 1.3))
@@ -445,8 +473,11 @@ def test_model_that_only_ours_lets_in() -> None:
         constraints=constraints,
         storage_reservation=reservation,
     )
+    stock.plan(collection, [sharder])
+    other: Any = make_collection(tables)
+    apply_optimizer_in_backward(torch.optim.Adagrad, other.parameters(), {"lr": LR})
     with pytest.raises(PlannerError):
-        stock.plan(collection, [sharder])
+        stock.plan(other, [sharder])
     planner = make_planner(topology, 8, constraints, storage_reservation=reservation)
     plan = planner.collective_plan(collection, [sharder], dist.group.WORLD)
     model = DistributedModelParallel(

@@ -58,6 +58,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from torchrec_freq import FrequencySGD, row_counts
 from torchrec_freq.sharded.install import frequency_modules
+from torchrec_freq.sharded.kernels import our_kernels
 
 DLRM_TABLES = [t for t in TABLES if t.columns == 16]
 
@@ -290,6 +291,9 @@ def test_delta_tracking_sees_counts() -> None:
     assert states or not list(frequency_modules(pair.model))[0][1].shards
     for name, state in states.items():
         assert torch.equal(state.long(), counts[name])
+    for kernel in our_kernels(pair.model.module._lookups):
+        with pytest.raises(ValueError, match=r"EMBEDDING.*ROWWISE_ADAGRAD"):
+            tracker.record_momentum(kernel, None)
 
 
 @on_ranks(2)
@@ -298,7 +302,7 @@ def test_one_bad_gradient_on_two_ranks_and_after_a_resume() -> None:
     tables = [TableSpec("a", 500, 8, ["f0"])]
     size, rank, bad = 4096, dist.get_rank(), 499
 
-    def run(poison: float, resume: bool) -> torch.Tensor:
+    def run(poison: float, resume: bool) -> Any:
         pair = Pair(tables, make_plan("row_wise", tables, 2))
         rng = random.Random(0)
         generator = torch.Generator().manual_seed(0)

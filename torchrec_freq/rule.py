@@ -86,8 +86,8 @@ def row_multiplier(
         root = counts.to(torch.float32).clamp(min=config.min_count).sqrt_()
     else:
         assert squares is not None and per_count is not None
-        own = squares.to(torch.float32) * (config.own_weight / 2)
-        root = own.add_(predicted_squares(counts, per_count), alpha=0.5).sqrt_()
+        own = squares.to(torch.float32) * config.own_weight
+        root = (predicted_squares(counts, per_count) + own).mul_(0.5).sqrt_()
     return root.add_(config.eps).reciprocal_()
 
 

@@ -10,6 +10,8 @@ The update costs a pass over the table's rows, as the averaging of the dense gra
 
 # No postponed annotations: DDP compares those of its communication hook with the types themselves.
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -19,8 +21,8 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import count_occurrences_, counted
+from torchrec_freq.engine.counting import CountingTBE
 from torchrec_freq.engine.lookups import Batch
-from torchrec_freq.engine.tbe import NOT_COMPILED, CountingTBE
 from torchrec_freq.rule import entering_squares, row_multiplier
 
 
@@ -78,31 +80,9 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
         self._bag_starts_F = metadata.B_offsets
         return metadata
 
-    @torch.compiler.disable(reason=NOT_COMPILED)
-    def forward(
-        self,
-        indices: Tensor,
-        offsets: Tensor,
-        per_sample_weights: Tensor | None = None,
-        feature_requires_grad: Tensor | None = None,
-        batch_size_per_feature_per_rank: list[list[int]] | None = None,
-    ) -> Tensor:
-        """As the stock forward; where a gradient is recorded, its backward counts."""
-        self._begin_forward()
-        with self._pooled_by_weights(offsets, per_sample_weights) as weights_L:
-            output: Tensor = super().forward(
-                indices,
-                offsets,
-                weights_L,
-                feature_requires_grad,
-                batch_size_per_feature_per_rank,
-            )
-        node = output.grad_fn
-        if node is not None:
-            weights_L = None if weights_L is None else weights_L.detach()
-            batch = Batch(indices, offsets, weights_L, self._bag_starts_F)
-            node.register_prehook(lambda grads: self._count(batch, grads[0]))
-        return output
+    def _watch(self, node: Any, batch: Batch) -> None:
+        batch.bag_starts_F = self._bag_starts_F
+        node.register_prehook(lambda grads: self._count(batch, grads[0]))
 
     @torch.no_grad()
     def _count(self, batch: Batch, grad: Tensor | None) -> None:
@@ -128,6 +108,12 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             if work is not None:
                 work.wait()
             occurrences_R += part_R
+        with self._turn:
+            self._apply_all(gradient, occurrences_R)
+            for _ in backwards:
+                self.totals.end_backward(self._aged)
+
+    def _apply_all(self, gradient: Tensor, occurrences_R: Tensor) -> None:
         config = self.frequency
         per_count_T, limit_T = self.totals.rates()
         after_R = counted(config.count, self._counts, self._counts + occurrences_R)
@@ -151,8 +137,6 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             slot = self._slot_F.narrow(0, self.layout.feature_table_map.index(table), 1)
             self.totals.add(slot, *(total.view(1) for total in sums), replicated=True)
         self._counts += added_R
-        for _ in backwards:
-            self.totals.end_backward(self._aged)
 
 
 def average_and_apply(

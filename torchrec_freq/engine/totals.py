@@ -96,6 +96,11 @@ class TableTotals:
         self._ages = numpy.zeros(len(features), dtype=numpy.int64)
         self.pending = False
 
+    @property
+    def tables(self) -> int:
+        """How many they are."""
+        return len(self._tables)
+
     def slots(self, table: int) -> range:
         """Positions, in what is added, of the features of a table."""
         first = sum(other.features for other in self._tables[:table])
@@ -138,7 +143,7 @@ class TableTotals:
                 squares_T1, parts_T2 = self._values.narrow(1, 1, 1), self._values.narrow(1, 2, 2)
                 rates_T2 = squares_per_count(squares_T1, parts_T2).to(torch.float32)
                 per_count_T, mean_T = rates_T2.unbind(1)
-                limit_T = torch.where(mean_T > 0, SQUARE_LIMIT * mean_T, torch.inf)
+                limit_T = (SQUARE_LIMIT * mean_T).masked_fill_(mean_T == 0, torch.inf)
                 self._rates = per_count_T, limit_T
             return self._rates
 

@@ -9,7 +9,8 @@ What a new TorchRec version could move is named here, in :mod:`torchrec_freq.sha
   every table: there we refuse, before anything is built, join the shards of a table, and start each
   step of their totals, in the methods that every forward comes through;
 - ``KeyedOptimizer.load_state_dict`` says what to do about the state of another optimizer;
-- ``EmbeddingStorageEstimator`` counts the bytes of the counters in every plan.
+- ``EmbeddingStorageEstimator`` counts the bytes of the counters in every plan;
+- ``ModelDeltaTrackerTrec`` does not take counts for momentum.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from torchrec.distributed.embedding_lookup import (
 )
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.planner import stats as planner_stats
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ShardingOption, Storage
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.engine.counting import NOT_COMPILED
 from torchrec_freq.engine.replicated import average_and_apply
-from torchrec_freq.engine.tbe import NOT_COMPILED
+from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.sharded.kernels import (
     FrequencyEmbedding,
@@ -87,6 +90,7 @@ def install() -> None:
     _wrap_sharded(ShardedEmbeddingCollection)
     _wrap_load_state_dict()
     _wrap_planner()
+    _wrap_delta_tracker()
     optimizers[FrequencySGD] = FrequencyConfig()
 
 
@@ -257,6 +261,22 @@ def _wrap_planner() -> None:
 
     EmbeddingStorageEstimator.estimate = estimate
     planner_stats._get_optimizer_multipler = multiplier
+
+
+def _wrap_delta_tracker() -> None:
+    """TorchRec's tracker of changes reads the sums of squares, where our counts are."""
+    stock = ModelDeltaTrackerTrec.record_momentum
+
+    @functools.wraps(stock)
+    def record_momentum(self: Any, emb_module: Any, kjt: Any) -> None:
+        if isinstance(emb_module.emb_module, FrequencyTBE):
+            raise ValueError(
+                "ModelDeltaTracker: FrequencySGD has no momentum to track. Track embeddings "
+                "(TrackingMode.EMBEDDING), or the row counts (TrackingMode.ROWWISE_ADAGRAD)."
+            )
+        stock(self, emb_module, kjt)
+
+    ModelDeltaTrackerTrec.record_momentum = record_momentum
 
 
 def is_ours(option: ShardingOption, sharder_data_map: Mapping[str, Any]) -> bool:

@@ -148,11 +148,11 @@ def find_tables(
         shards = getattr(plan[config.name].sharding_spec, "shards", None) or []
         tables.append(
             Table(
-                config.name,
-                rows,
-                columns,
-                len(outputs),
-                frequency,
+                name=config.name,
+                rows=rows,
+                columns=columns,
+                features=len(outputs),
+                config=frequency,
                 split_columns=any(shard.shard_sizes[1] < columns for shard in shards),
                 split=len(shards) > 1 and len(set(plan[config.name].ranks or [])) > 1,
             )

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.engine.tbe import CountingTBE, Membership, require_counts
+from torchrec_freq.engine.counting import CountingTBE, Membership, require_counts
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 from torchrec_freq.sharded.row_state import RowShard, RowState
 from torchrec_freq.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, TOTALS
@@ -21,23 +20,18 @@ _CHUNK_ROWS: Final = 1 << 24
 """Rows summed over the ranks at once: bounds the device memory that a large table needs."""
 
 
-@dataclass(frozen=True)
-class Table:
+@dataclass(frozen=True, kw_only=True)
+class Table(TotalsTable):
     """A table of the whole model, whatever its shards.
 
     Attributes:
-        features: how many look it up.
-        split_columns: whether its columns are spread over shards.
         split: whether its rows or columns are spread over ranks.
     """
 
     name: str
     rows: int
     columns: int
-    features: int
-    config: FrequencyConfig
-    split_columns: bool = False
-    split: bool = False
+    split: bool
 
 
 @dataclass(frozen=True)
@@ -144,10 +138,9 @@ class FrequencyTables:
             self._unchecked = False
 
     def _attach_totals(self, device: torch.device | None) -> None:
-        tables = [TotalsTable(t.features, t.config, t.split_columns) for t in self.tables.values()]
         shared = self.ranks > 1 and any(table.split for table in self.tables.values())
         group = self.process_group if shared else None
-        self.totals = TableTotals(tables, device, group)
+        self.totals = TableTotals(list(self.tables.values()), device, group)
 
     def read(self, name: str) -> TableState:
         """State of a whole table, the same on every rank. All ranks must call it."""
