@@ -6,23 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-from torchrec.distributed.types import ShardingType
 from torchrec.models.deepfm import SimpleDeepFMNN
 from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import Adam, in_backward_optimizer_filter
+from torchrec.optim.optimizers import Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from examples.dlrm import DENSE_LR, load_weights
 from examples.dlrm import Arm as Training
+from examples.dlrm import shard
 from examples.study import ablation, stream
 from examples.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run
 from examples.study.data import Dataset, load
@@ -92,25 +86,14 @@ def build(run: Run, data: Dataset) -> Training:
     optimizer = OPTIMIZERS[run.arm.optimizer]
     apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": lr, **options})
 
-    # No table is data-parallel: TorchRec drops SGD and Adagrad there.
-    types = [t.value for t in ShardingType if t is not ShardingType.DATA_PARALLEL]
-    constraints = {table.name: ParameterConstraints(sharding_types=types) for table in tables}
-    sharders = [EmbeddingBagCollectionSharder()]
-    weights = module.state_dict()
-    planner = EmbeddingShardingPlanner(constraints=constraints)
-    plan = planner.collective_plan(module, sharders, dist.group.WORLD)
-    model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
-    load_weights(model, weights)
+    training = shard(run.arm.label, run.lr, module, tables, device)
     if options.get("count") == "frozen":
-        load_row_counts(model, {f"t_{name}": count for name, count in data.counts().items()})
+        load_row_counts(
+            training.model, {f"t_{name}": count for name, count in data.counts().items()}
+        )
     if run.arm == CLIPPED:
-        ablation.keep_sums(model, **run.arm.options)
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(model.named_parameters())),
-        lambda parameters: torch.optim.Adam(parameters, lr=DENSE_LR),
-    )
-    optimizers = CombinedOptimizer([model.fused_optimizer, dense])
-    return Training(run.arm.label, run.lr, model, dense, optimizers)
+        ablation.keep_sums(training.model, **run.arm.options)
+    return training
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
