@@ -29,10 +29,8 @@ class Arm:
 
     @functools.cached_property
     def label(self) -> str:
-        options = ", ".join(
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in self.options.items()
-        )
+        texts = {name: str(value).removesuffix(".0") for name, value in self.options.items()}
+        options = ", ".join(f"{name}={text}" for name, text in texts.items())
         return self.optimizer + f" ({options})" * bool(options)
 
 

@@ -30,7 +30,6 @@ ARMS = {  # label -> name and colour
     CLIPPED.label: ("row-wise Adagrad, own square weighted", "#009e73"),
     ADAGRAD.label: ("Adagrad", "#cc79a7"),
 }
-MARKS = ("o", "s", "^")
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -65,8 +64,7 @@ def _differences(figure: Any, settings: Settings) -> None:
         for place, measure in enumerate(measures):
             difference = gain(arms, measure)
             assert difference is not None
-            y = row + 0.22 * (place - (len(measures) - 1) / 2)
-            marker = MARKS[place]
+            y, marker = row + 0.22 * (place - (len(measures) - 1) / 2), "os^"[place]
             bar = panel.errorbar(
                 difference.mean, y, xerr=difference.error, fmt=marker, color=f"C{place}"
             )

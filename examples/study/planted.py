@@ -1,6 +1,5 @@
 """Synthetic clicks with planted embeddings and Zipf ids, as Criteo npy files of one day each."""
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +58,11 @@ def generate(task: Task, folder: Path) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        _write(task, temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary, "made")
+        made.mkdir()
+        _write(task, made)
+        made.rename(folder)
 
 
 def _write(task: Task, folder: Path) -> None:

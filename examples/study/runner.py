@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from examples.study.train import train
 
 
 def run_all(
-    experiments: Iterable[Experiment], results: Results, folder: Path, workers: int
+    experiments: Sequence[Experiment], results: Results, folder: Path, workers: int
 ) -> None:
     """Completes the experiments.
 
@@ -30,12 +30,10 @@ def run_all(
         folder: of the data sets; experiments whose data set is not there are left out.
         workers: processes, each with one rank.
     """
-    chosen = []
-    for experiment in experiments:
-        if find(experiment.data, folder) is None:
-            print(f"Left out {experiment.setting}: {folder} does not hold it.")
-        else:
-            chosen.append(experiment)
+    absent = [e.data for e in experiments if find(e.data, folder) is None]
+    if absent:
+        print(f"Left out: {', '.join(sorted(set(absent)))}, which {folder} does not hold.")
+    chosen = [experiment for experiment in experiments if experiment.data not in absent]
     running: dict[Future[Result], Run] = {}
     context = multiprocessing.get_context("spawn")
     with (

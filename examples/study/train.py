@@ -88,9 +88,8 @@ def build(run: Run, data: Dataset) -> Training:
 
     training = shard(run.arm.label, run.lr, module, tables, device)
     if options.get("count") == "frozen":
-        load_row_counts(
-            training.model, {f"t_{name}": count for name, count in data.counts().items()}
-        )
+        counts = {f"t_{name}": count for name, count in data.counts().items()}
+        load_row_counts(training.model, counts)
     if run.arm == CLIPPED:
         ablation.keep_sums(training.model, **run.arm.options)
     return training
