@@ -131,8 +131,8 @@ _WHERE_PRESENT = (
     Experiment("ml-1m", "FM", 1024, MAIN),
     Experiment("criteo", "DLRM", 4096, MAIN, epochs=1),
 )
-# These settle own_weight, by the rule in `verdict`; all else judges. What fails with the FM, which
-# is quick to train, is not tried with the DLRM.
+# These settle own_weight, by the rule in `verdict`; all else judges. What fails where an FM has
+# users and items alone, which is quick to train, is not tried on the others.
 _CHOOSING = (
     *_STREAMS,
     *(replace(stream, batch_size=1024) for stream in _STREAMS),
@@ -149,12 +149,13 @@ QUICK = (*_STREAMS, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS)
 FULL = (
     *QUICK,
     *_with(MAIN, *QUICK, *_CHOOSING, _DLRM, _DEEP_FM),
-    *(replace(experiment, arms=AGEING) for experiment in (*_DRIFTS, _FM_TIME, _DLRM_TIME, _FM)),
-    *(replace(e, arms=CANDIDATES) for e in _CHOOSING if e.model == "FM" and e != _FM_1024),
-    *_with(VARIANTS, _FM),
-    *_with((ADAGRAD, SGD, *ON_CUDA), _FM_TIME, _FM),
-    *_with((CLIPPED,), _FM_TIME, _FM, *_DRIFTS, _CLICKS_4),
+    *(replace(e, arms=CANDIDATES) for e in _CHOOSING if e.model == "FM" and "-ids" in e.data),
+    *(replace(drift, arms=AGEING) for drift in _DRIFTS),
     *_with(SPREAD, _DRIFTS[1], _CLICKS_4),
+    *_with((CLIPPED,), _DRIFTS[1], _CLICKS_4, _FM),
+    *_with((ADAGRAD, SGD, *ON_CUDA), _FM),
+    *_with(VARIANTS, _FM),
+    *(replace(e, arms=(weighted(5), *AGEING)) for e in (_FM, _FM_TIME, _FM_4096)),
     *_with((*MAIN, weighted(5)), _LARGE, *_WHERE_PRESENT),
 )
 EXPERIMENTS = {"quick": QUICK, "full": FULL}
