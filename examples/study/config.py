@@ -155,7 +155,7 @@ FULL = (
     *_with((CLIPPED,), _DRIFTS[1], _CLICKS_4, _FM),
     *_with((ADAGRAD, SGD, *ON_CUDA), _FM),
     *_with(VARIANTS, _FM),
-    *(replace(e, arms=(weighted(5), *AGEING)) for e in (_FM, _FM_TIME, _FM_4096)),
+    *(replace(e, arms=(weighted(5), *AGEING)) for e in (_FM, _FM_TIME)),
     *_with((*MAIN, weighted(5)), _LARGE, *_WHERE_PRESENT),
 )
 EXPERIMENTS = {"quick": QUICK, "full": FULL}

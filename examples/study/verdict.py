@@ -1,16 +1,18 @@
-"""The rules that settle the defaults, and the targets. They were written before the runs.
+"""The rules that settle the defaults, and the targets.
+
+They were set before the runs; only what fails a rule was then no longer tried on its other tasks.
 
 own_weight: the largest of 1, 2, 3, 5, 10 whose mean AUC over the seeds is nowhere more than 0.001
 below that of 1 in predict-then-train on MovieLens-100K in the order of time (FM and DLRM, batch 256
 and 1024, all features, and users and items alone) and after the first epoch of the shuffled FM
-(batch 256, 1024, 4096). What fails on one need not be tried on the others. Nothing else has a say: planted clicks, drifts, samples after the stream, later epochs and the other shuffled models
-judge the choice.
+(batch 256, 1024, 4096). Nothing else has a say: planted clicks, drifts, samples after the stream,
+later epochs and the other shuffled models judge the choice.
 
 half_life: a number of steps that gains at least two standard errors in predict-then-train on both
 drifts, and whose mean AUC is nowhere more than 0.0005 below that of none where nothing drifts:
-after each epoch of the shuffled FM and in predict-then-train on MovieLens-100K in the order of time,
-both at batch 256. What does not gain on the drifts need not be tried on these. Of several, the one
-that gains most on the drifts; if there is none, no half-life is recommended.
+after each epoch of the shuffled FM, and in predict-then-train of the FM on MovieLens-100K in the
+order of time, both at batch 256. Of several, the one that gains most on the drifts; if there is
+none, no half-life is recommended.
 """
 
 import re
