@@ -121,8 +121,9 @@ def _document(settings: Settings, drawn: Mapping[str, str]) -> Iterator[str]:
         "What the candidates gain over own_weight 1, and half-lives over none; bold: a cost that "
         "the rule does not allow, or no gain on a drift."
     )
-    costs = {f"own_weight {n}": found for n, found in verdict.own_weight_cases(settings).items()}
-    yield markdown(cases_table(costs, -verdict.OWN_WEIGHT_MAY_COST))
+    costs = verdict.own_weight_cases(settings)
+    candidates = {f"own_weight {n}": costs[n] for n in costs if n > 1}
+    yield markdown(cases_table(candidates, -verdict.OWN_WEIGHT_MAY_COST))
     for chosen, floor in ((verdict.DRIFTING, 0), (verdict.STEADY, -verdict.HALF_LIFE_MAY_COST)):
         gains = verdict.half_life_cases(settings, chosen[0])
         yield markdown(cases_table({f"half_life {n}": gains[n] for n in gains}, floor))
