@@ -15,8 +15,8 @@ from examples.curves import draw
 def test_pictures_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(switch, "AFTER", 10)
-    options = ["--steps", "40", "--held-out", "2000", "--seeds", "1"]
+    monkeypatch.setattr(switch, "AFTER", 50)
+    options = ["--steps", "60", "--held-out", "1000", "--seeds", "1"]
     monkeypatch.setattr("sys.argv", ["switch", "-o", str(tmp_path), *options])
     switch.main()
     printed = capfd.readouterr().out
