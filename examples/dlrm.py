@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchmetrics import MeanMetric
@@ -146,12 +146,19 @@ def build(name: str, lr: float, seed: int, data: MovieLens, device: torch.device
     # The line to change in a model of yours: FrequencySGD in place of another optimizer.
     apply_optimizer_in_backward(OPTIMIZERS[name], dlrm.sparse_arch.parameters(), {"lr": lr})
 
+    return shard(name, lr, DLRMTrain(dlrm), tables, device)
+
+
+def shard(
+    name: str, lr: float, module: nn.Module, tables: list[EmbeddingBagConfig], device: torch.device
+) -> Arm:
+    """Shards a model with a loss, whose tables have their optimizer, and adds the dense layers'."""
     # For a fair comparison no table is data-parallel: TorchRec drops SGD and Adagrad there.
     sharding_types = [t.value for t in ShardingType if t is not ShardingType.DATA_PARALLEL]
     planner = EmbeddingShardingPlanner(
         constraints={t.name: ParameterConstraints(sharding_types=sharding_types) for t in tables}
     )
-    module, sharders = DLRMTrain(dlrm), [EmbeddingBagCollectionSharder()]
+    sharders = [EmbeddingBagCollectionSharder()]
     weights = module.state_dict()  # with `load_weights` the start depends on the seed alone
     plan = planner.collective_plan(module, sharders, dist.group.WORLD)
     model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)

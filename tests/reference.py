@@ -33,7 +33,7 @@ class ReferenceTable:
     features: list[str]
     pooling: str = "sum"  # or "mean", or "none": the feature's output has a row a lookup
     count: str = "samples"
-    own_weight: float = 5
+    own_weight: float = 1
     half_life: int | None = None
     normalize: str | None = "table"
     min_count: float = 1

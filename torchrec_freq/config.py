@@ -11,7 +11,7 @@ CountMode = Literal["samples", "batches", "frozen"]
 Normalize = Literal["table"]
 
 COUNT_MODES: Final = ("samples", "batches", "frozen")
-DEFAULT_OWN_WEIGHT: Final = 5.0
+DEFAULT_OWN_WEIGHT: Final = 1.0
 DEFAULT_EPS: Final = 1e-8
 _LEAST_EPS: Final = 1e-30
 """The least that float32 keeps apart from 0 when FBGEMM divides by it."""

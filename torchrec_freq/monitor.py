@@ -41,7 +41,7 @@ class TrainingMonitor:
     - ``item/count_p50``, ``_p90``, ``_p99``, ``_max``: quantiles of the counts of the rows that
       have been seen;
     - ``item/lr_at_p50``, ``_p90``, ``_p99``, ``_max``: learning rate of a row with such a count,
-      as :func:`learning_rates` says, with the table's current ``lr``;
+      as :func:`torchrec_freq.monitor.learning_rates` says, with the current ``lr``;
     - ``item/scale``: root mean square of the gradient of an occurrence, where the table is
       normalized.
 

@@ -1,16 +1,15 @@
-"""Runs the study and writes its tables and plots.
+"""Runs the study and writes its tables and pictures.
 
     python -m examples.study quick     some minutes: the main comparison
     python -m examples.study full      all experiments
-    python -m examples.study report    tables and plots of what has been run so far
+    python -m examples.study report    tables and pictures of what has been run so far
 
 make study and make study-full are the first two; the latter writes examples/study/RESULTS.md.
 
 A run that has its line in results.jsonl is not run again, so a study that was cut off goes on where
 it was; delete the file after a change to an optimizer. Data sets other than MovieLens-100K and the
 synthetic ones are used if they are in the data folder: ml-1m (as published) and criteo (day_*.npy
-files or the original TSV files, a file a day, at least two). Under torchrun every model is sharded
-over all ranks; otherwise each of --workers processes trains its own models on one rank.
+files, at least two days).
 """
 
 import argparse
@@ -24,22 +23,20 @@ from examples.study.runner import run_all
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("command", choices=[*EXPERIMENTS, "report"])
     parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the data sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of results")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/study"), help="folder of the results"
+        "--tables", type=Path, help="folder of tables and pictures (default: --out)"
     )
-    parser.add_argument("--tables", type=Path, help="folder of tables and plots (default: --out)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args()
     results = Results(args.out / "results.jsonl")
     if args.command != "report":
         run_all(EXPERIMENTS[args.command], results, args.data, args.workers)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(report.write(results, args.tables or args.out))
+    print(report.write(results, args.tables or args.out))
 
 
 if __name__ == "__main__":

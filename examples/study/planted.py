@@ -1,6 +1,5 @@
 """Synthetic clicks with planted embeddings and Zipf ids, as Criteo npy files of one day each."""
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,16 @@ from pathlib import Path
 import numpy as np
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, INT_FEATURE_COUNT
 
+PARTS = (1.5, 0.8, 0.3)  # standard deviation of the logit's parts: weights, pairs, dense features
+COLUMNS = 4  # of a planted vector
+
 
 @dataclass(frozen=True)
 class Task:
     """How the clicks come about.
 
     The logit of a sample is a sum over its ids of a planted weight, plus the planted vectors' dot
-    products over all pairs of ids, plus a little of the dense features, plus a constant.
+    products over all pairs of ids, plus a little of the dense features, plus the day's constant.
 
     Attributes:
         days: files; the last one is held out.
@@ -23,11 +25,8 @@ class Task:
         rows: of the smallest and the largest table; the others lie between, evenly in the log.
         zipf: the id of rank r (1, 2, ...) has a probability proportional to r ** -zipf.
         clicks: share of the samples whose label is 1.
-        linear, pairs, dense: standard deviation of each part of the logit.
-        columns: of a planted vector.
         popularity_drift: share of its table by which each id's rank moves from day to day.
         vector_drift: share of the planted values' variance that is drawn anew each day.
-        seed: of everything that is drawn.
     """
 
     days: int = 4
@@ -36,13 +35,8 @@ class Task:
     rows: tuple[int, int] = (10, 10_000)
     zipf: float = 1.1
     clicks: float = 0.25
-    linear: float = 1.5
-    pairs: float = 0.8
-    dense: float = 0.3
-    columns: int = 4
     popularity_drift: float = 0.0
     vector_drift: float = 0.0
-    seed: int = 0
 
     @property
     def drifts(self) -> bool:
@@ -51,8 +45,9 @@ class Task:
 
 
 TASKS = {
-    "zipf": Task(),
-    "zipf-rare-clicks": Task(held_out=60_000, clicks=0.04),
+    "clicks-25": Task(),
+    "clicks-4": Task(held_out=60_000, clicks=0.04),
+    "clicks-3-large": Task(4, 300_000, 200_000, (10, 300_000), zipf=1.05, clicks=0.03),
     "popularity-drift": Task(13, 10_000, 40_000, popularity_drift=0.03),
     "full-drift": Task(13, 10_000, 40_000, popularity_drift=0.03, vector_drift=0.1),
 }
@@ -63,25 +58,24 @@ def generate(task: Task, folder: Path) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        _write(task, temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary, "made")
+        made.mkdir()
+        _write(task, made)
+        made.rename(folder)
 
 
 def _write(task: Task, folder: Path) -> None:
-    random = np.random.default_rng(task.seed)
+    random = np.random.default_rng(0)
     rows = random.permutation(np.geomspace(*task.rows, CAT_FEATURE_COUNT).round().astype(int))
-    weights = [random.normal(size=(count, 1 + task.columns)) for count in rows]
+    weights = [random.normal(size=(count, 1 + COLUMNS)) for count in rows]
     id_of_rank = [random.permutation(count) for count in rows]
     dense_weights = random.normal(size=INT_FEATURE_COUNT)
     scales: tuple[float, ...] = ()
     for day in range(task.days):
         samples = task.samples if day < task.days - 1 else task.held_out
         sparse = np.empty((samples, CAT_FEATURE_COUNT), dtype=np.int32)
-        values = np.zeros((samples, 1 + task.columns))
+        values = np.zeros((samples, 1 + COLUMNS))
         squares = np.zeros(samples)
         for table, count in enumerate(rows):
             popularity = np.arange(1, count + 1) ** -task.zipf
@@ -98,27 +92,11 @@ def _write(task: Task, folder: Path) -> None:
         pairs = (np.square(values[:, 1:]).sum(axis=1) - squares) / 2
         parts = [values[:, 0], pairs, dense @ dense_weights]
         if not scales:  # of the first day, for all days
-            sizes = (task.linear, task.pairs, task.dense)
-            scales = tuple(size / part.std() for size, part in zip(sizes, parts, strict=True))
+            scales = tuple(size / part.std() for size, part in zip(PARTS, parts, strict=True))
         logits = sum(scale * part for scale, part in zip(scales, parts, strict=True))
-        labels = random.random(samples) < _sigmoid(logits + _offset(logits, task.clicks))
+        # Above a threshold with logistic noise: the probability is the sigmoid of the logit.
+        noisy = logits + random.logistic(size=samples)
+        labels = noisy > np.quantile(noisy, 1 - task.clicks)
         np.save(folder / f"day_{day:02d}_dense.npy", dense)
         np.save(folder / f"day_{day:02d}_sparse.npy", sparse)
         np.save(folder / f"day_{day:02d}_labels.npy", labels.astype(np.int32)[:, None])
-
-
-def _offset(logits: np.ndarray, clicks: float) -> float:
-    """The constant that makes the mean probability `clicks`, by bisection."""
-    low, high = -50.0, 50.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _sigmoid(logits + middle).mean() < clicks:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    probability: np.ndarray = 1 / (1 + np.exp(-logits))
-    return probability

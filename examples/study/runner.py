@@ -1,13 +1,12 @@
 """Runs what the experiments need and the results file lacks, several runs at a time."""
 
-import concurrent.futures
 import logging
 import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -16,73 +15,25 @@ from torch.distributed import HashStore
 from tqdm import tqdm
 
 from examples.study.config import Experiment, Run
-from examples.study.data import load
+from examples.study.data import find
 from examples.study.results import Result, Results
-from examples.study.sweep import sweeps
+from examples.study.sweep import Sweep
 from examples.study.train import train
 
 
 def run_all(
-    experiments: Iterable[Experiment], results: Results, folder: Path, workers: int
+    experiments: Sequence[Experiment], results: Results, folder: Path, workers: int
 ) -> None:
-    """Completes the experiments. Under torchrun all ranks must call it.
+    """Completes the experiments.
 
     Args:
         folder: of the data sets; experiments whose data set is not there are left out.
-        workers: processes, each with one rank; of no meaning under torchrun.
+        workers: processes, each with one rank.
     """
-    chosen = []
-    for experiment in experiments:
-        if load(experiment.data, folder) is None:
-            print(f"Left out {experiment.name}: {folder / experiment.data} does not exist.")
-        else:
-            chosen.append(experiment)
-    if "RANK" in os.environ:
-        start_rank()
-        _run_here(chosen, results, folder)
-        dist.barrier()
-        dist.destroy_process_group()
-    else:
-        _run_in_pool(chosen, results, folder, workers)
-
-
-def start_rank() -> None:
-    """Joins the ranks of torchrun, or makes this process the only one."""
-    # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
-    warnings.filterwarnings("ignore")
-    for name in ("torchrec", "torch.fx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    else:
-        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-
-
-def missing(experiments: Iterable[Experiment], results: Results) -> Iterator[Run]:
-    """The runs that are needed next. More may be when those are done."""
-    for experiment in experiments:
-        for sweep in sweeps(experiment):
-            yield from sweep.missing(results)
-
-
-def _run_here(experiments: list[Experiment], results: Results, folder: Path) -> None:
-    first = dist.get_rank() == 0
-    with tqdm(desc="runs", disable=not first) as bar:
-        while (run := next(missing(experiments, results), None)) is not None:
-            # The figures are those of all ranks, so every rank comes to the same next run.
-            results.add(run, train(run, folder), write=first)
-            bar.update()
-            bar.set_postfix_str(_describe(run), refresh=False)
-
-
-def _run_in_pool(
-    experiments: list[Experiment], results: Results, folder: Path, workers: int
-) -> None:
+    absent = [e.data for e in experiments if find(e.data, folder) is None]
+    if absent:
+        print(f"Left out: {', '.join(sorted(set(absent)))}, which {folder} does not hold.")
+    chosen = [experiment for experiment in experiments if experiment.data not in absent]
     running: dict[Future[Result], Run] = {}
     context = multiprocessing.get_context("spawn")
     with (
@@ -90,23 +41,38 @@ def _run_in_pool(
         tqdm(desc="runs", unit="run") as bar,
     ):
         while True:
-            queued = set(map(str, running.values()))
             # Not more than the workers can take: what is needed after them may change.
-            for run in missing(experiments, results):
-                if len(running) >= workers:
+            for run in missing(chosen, results):
+                if len(running) == workers:
                     break
-                if str(run) not in queued:
+                if run not in running.values():
                     running[pool.submit(train, run, folder)] = run
             if not running:
                 return
-            done, _ = concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 results.add(run, future.result())
+                bar.set_postfix_str(f"{run.model} on {run.data}, {run.arm.label}, lr {run.lr:g}")
                 bar.update()
-                bar.set_postfix_str(_describe(run))
+
+
+def missing(experiments: Iterable[Experiment], results: Results) -> Iterator[Run]:
+    """The runs that are needed next. More may be when those are done."""
+    for experiment in experiments:
+        for arm in experiment.arms:
+            yield from Sweep(experiment, arm).missing(results)
+
+
+def start_rank() -> None:
+    """Makes this process the only rank."""
+    # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
+    warnings.filterwarnings("ignore")
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _start_worker() -> None:
@@ -120,7 +86,3 @@ def _start_worker() -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     start_rank()
-
-
-def _describe(run: Run) -> str:
-    return f"{run.model} on {run.data}, {run.arm.label}, batch {run.batch_size}, lr {run.lr:g}"

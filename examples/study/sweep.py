@@ -1,117 +1,100 @@
-"""The search for an arm's lr: the same log grid for all, walked until the best lies well inside."""
+"""The search for an arm's lr: the same log grid for all, walked until the best lies inside."""
 
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from examples.study.config import Arm, Experiment, Run
+from examples.study.config import FREQUENCY, ROWWISE, Arm, Experiment, Run
 from examples.study.results import Result, Results
 
-TOLERANCE = 0.002  # AUC below the best that still counts as good
-LOWEST, HIGHEST = -10, 8  # exponents at which a search gives up: lr 1e-5 and 1e4
-STEPS_OF_10X = 2  # grid steps in a decade
+LOWEST, HIGHEST = -20, 16  # exponents at which a search gives up: lr 1e-5 and 1e4
+COARSE = 2  # grid steps of half a decade, in which a search begins
+STRESS = (2, 4)  # grid steps above the best lr: about 3 and 10 times
+DIVERGED = 0.5  # the AUC of a run whose loss is no number
 
 
 def lr_at(exponent: int) -> float:
-    """Half decades: ..., 0.03, 0.1, 0.3, 1, 3, ...; exponent 0 is 1."""
-    decade, half = divmod(exponent, 2)
-    return float(f"{3 if half else 1}e{decade}")
+    """Quarter decades: ..., 0.1, 0.18, 0.32, 0.56, 1, ...; exponent 0 is 1."""
+    return float(f"{10 ** (exponent / 4):.2g}")
 
 
 def next_exponents(scores: Mapping[int, float], start: int) -> list[int]:
     """The grid points to try next; none when the search is over.
 
-    It is over when the grid reaches from where the score falls short of the best by more than
-    `TOLERANCE` up to ten times the best lr.
+    It goes in half decades until the best of these has a worse one on either side, then in quarters
+    until the best of all has.
 
     Args:
-        scores: of the grid points tried so far, without a gap; higher is better.
+        scores: of the grid points tried so far; higher is better.
         start: where to begin.
     """
-    if not scores:
+    if start not in scores:
         return [start]
-    best = max(scores, key=scores.__getitem__)
-    lowest, highest = min(scores), max(scores)
-    wanted = []
-    if lowest > LOWEST and scores[lowest] >= scores[best] - TOLERANCE:
-        wanted.append(lowest - 1)
-    if highest < min(best + STEPS_OF_10X, HIGHEST):
-        wanted.append(highest + 1)
-    return wanted
+    coarse = {e: score for e, score in scores.items() if (e - start) % COARSE == 0}
+    for best, step in ((best_of(coarse), COARSE), (best_of(scores), 1)):
+        beside = [e for e in (best - step, best + step) if LOWEST <= e <= HIGHEST]
+        if missing := [exponent for exponent in beside if exponent not in scores]:
+            return missing
+    return []
 
 
-def first_epoch(result: Result) -> dict[str, Any] | None:
-    """The point of a run's curve after one epoch; None where it diverged before."""
-    return next((point for point in result["curve"] if point["epoch"] == 1), None)
-
-
-def best_epoch(result: Result) -> dict[str, Any] | None:
-    """The point after the epoch that is best on the validation split."""
-    ends = [point for point in result["curve"] if "test" in point]
-    return max(ends, key=lambda point: float(point["valid"]["auc"]), default=None)
-
-
-WHEN = {"1 epoch": first_epoch, "best epoch": best_epoch}
-"""The points of a curve that are compared, each at its own best lr."""
-
-
-def mean_auc(results: list[Result], when: str, split: str = "valid") -> float:
-    """Mean over the seeds; minus infinity where a run diverged."""
-    points = [WHEN[when](result) for result in results]
-    values = [float(point[split]["auc"]) if point else -math.inf for point in points]
-    return statistics.fmean(values)
+def best_of(scores: Mapping[int, float]) -> int:
+    return max(scores, key=scores.__getitem__)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of one arm at one batch size."""
+    """The runs of one arm of an experiment: lr is searched for each measure, by all seeds' mean."""
 
     experiment: Experiment
     arm: Arm
-    batch_size: int
+
+    def run(self, exponent: int, seed: int = 0) -> Run:
+        e = self.experiment
+        return Run(e.data, e.model, self.arm, lr_at(exponent), e.batch_size, e.epochs, seed)
 
     def runs(self, exponent: int) -> list[Run]:
         """At one lr, a run a seed."""
-        e = self.experiment
-        return [
-            Run(e.data, e.model, self.arm, lr_at(exponent), self.batch_size, e.epochs, seed)
-            for seed in range(e.seeds)
-        ]
+        return [self.run(exponent, seed) for seed in range(self.experiment.seeds)]
 
     def tried(self, results: Results) -> dict[int, list[Result]]:
-        """The results at each grid point that is complete and joined to the start."""
-        found: dict[int, list[Result]] = {}
-        for direction in (1, -1):
-            exponent = self.arm.start
-            while LOWEST <= exponent <= HIGHEST:
+        """Exponent -> a result a seed, at all grid points where all seeds have one."""
+        found = {}
+        for exponent in range(LOWEST, HIGHEST + 1):
+            if results.get(self.run(exponent)) is not None:
                 known = [results.get(run) for run in self.runs(exponent)]
-                complete = [result for result in known if result is not None]
-                if len(complete) < len(known):
-                    break
-                found[exponent] = complete
-                exponent += direction
-        return dict(sorted(found.items()))
+                if None not in known:
+                    found[exponent] = [result for result in known if result is not None]
+        return found
+
+    def best(self, results: Results, measure: str) -> int | None:
+        """The exponent of the best lr for a measure; None while the search is not over."""
+        scores = mean_scores(self.tried(results), measure)
+        return None if next_exponents(scores, self.arm.start) else best_of(scores)
 
     def missing(self, results: Results) -> list[Run]:
-        """The runs that the search needs next; none when it is over."""
+        """The runs that are needed next; none when all is done."""
         tried = self.tried(results)
-        wanted = {
-            exponent
-            for when in WHEN
-            for exponent in next_exponents(
-                {exponent: mean_auc(found, when) for exponent, found in tried.items()},
-                self.arm.start,
-            )
-        }
+        scores = [mean_scores(tried, measure) for measure in self.experiment.measures]
+        wanted = {e for found in scores for e in next_exponents(found, self.arm.start)}
+        if not wanted and self.experiment.stressed:
+            wanted = {min(best_of(scores[0]) + steps, HIGHEST) for steps in STRESS}
+            first = self.experiment.measures[0]
+            theirs = Sweep(self.experiment, ROWWISE).best(results, first)
+            if theirs is not None and self.arm.optimizer == FREQUENCY.optimizer:
+                wanted.add(theirs)
         runs = [run for exponent in sorted(wanted) for run in self.runs(exponent)]
         return [run for run in runs if results.get(run) is None]
 
 
-def sweeps(experiment: Experiment) -> list[Sweep]:
-    return [
-        Sweep(experiment, arm, batch_size)
-        for batch_size in experiment.batch_sizes
-        for arm in experiment.arms
-    ]
+def figure(result: Result, measure: str, metric: str) -> float:
+    """A figure of a run for a measure; `DIVERGED` where the run did not come so far."""
+    return float(result["measures"].get(measure, {}).get(metric, DIVERGED))
+
+
+def mean_scores(tried: Mapping[int, list[Result]], measure: str) -> dict[int, float]:
+    """Exponent -> the mean of what lr is chosen by."""
+    return {
+        exponent: statistics.fmean(figure(result, measure, "by") for result in results)
+        for exponent, results in tried.items()
+    }
