@@ -81,7 +81,9 @@ def brute_force(model: nn.Module, tables: list[TableSpec], factor: float = 1) ->
             if not normalized:
                 root = max(c, options["min_count"]) ** 0.5
             elif squares:
-                own = options.get("own_weight", FrequencyConfig().own_weight) * squares / occurrences
+                own = (
+                    options.get("own_weight", FrequencyConfig().own_weight) * squares / occurrences
+                )
                 root = ((squares * c / total + own) / 2) ** 0.5
             else:
                 continue
