@@ -35,6 +35,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING, FrequencySGD, adagrad_sums, load_adagrad_sums
 from torchrec_freq import __main__ as command_line
+from torchrec_freq.adagrad import counts_of_sums
 from torchrec_freq.sharded.install import frequency_modules
 from torchrec_freq.sharded.row_state import RowShard, RowState
 
@@ -241,6 +242,31 @@ def fused(kinds: list[str]) -> list[str]:
 def test_there_and_back(layout: tuple[int, int]) -> None:
     ranks, hosts = layout
     run_on_ranks(ranks, check_there_and_back, {"kinds": fused(LAYOUTS[layout])}, hosts=hosts)
+
+
+@on_ranks(1)
+def test_large_counts_do_not_hold_the_squares_back() -> None:
+    """What an occurrence adds is limited by the past's, which large counts must not divide."""
+    adagrad = build(RowWiseAdagrad, "table_wise")
+    train(adagrad, 20)
+    sums, weights = table_sums(adagrad), full_weights(adagrad)
+    added = []
+    for known in ("lookups", "sums", "counts"):
+        model = build(FrequencySGD, "table_wise", weights)
+        if known == "counts":
+            found = {name: counts_of_sums(sums_R, None) for name, sums_R in sums.items()}
+            counts = {name: counts_R for name, (counts_R, _) in found.items()}
+            squares = {name: value for name, (_, value) in found.items()}
+            torchrec_freq.load_row_counts(model, counts, squares)
+        else:
+            lookups = {"a": 320, "b": 640, "c": 320} if known == "lookups" else None
+            load_adagrad_sums(model, sums, lookups)
+        before = totals(model)
+        train(model, 10, seed=1)
+        added.append({name: totals(model)[name][0] - before[name][0] for name in sums})
+    for others in added[1:]:
+        for name, squares_added in others.items():
+            assert squares_added == pytest.approx(added[0][name], rel=0.2)
 
 
 @on_ranks(2)
