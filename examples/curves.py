@@ -71,10 +71,13 @@ def draw(
     )
     for number, (name, curve) in enumerate(curves.items()):
         color = COLORS[number % len(COLORS)]
+        # The first is what the others are compared with, and is seen below them.
+        pen = f'stroke="{color}" stroke-width="{2 if number else 7}"'
+        pen += "" if number else ' stroke-opacity="0.4"'
         line = " ".join(f"{x(a)},{y(b)}" for a, b in curve)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{line}" fill="none" {pen}/>')
         at = _TOP + 14 + 18 * number
-        parts.append(f'<path d="M{_WIDTH - 300} {at - 4}h24" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<path d="M{_WIDTH - 300} {at - 4}h24" {pen}/>')
         parts.append(f'<text x="{_WIDTH - 270}" y="{at}">{escape(name)}</text>')
     write_text(path, "\n".join([*parts, "</svg>", ""]))
 

@@ -211,15 +211,14 @@ def main() -> None:
             },
         )
         begun = fresh(bench, arguments.seeds, [steps // 10, steps // 2, steps])
+    shown = [steps + share * AFTER // 10 for share in (0, 1, 5, 10)]
     for name, title, curves in (
         ("switch-in", "From row-wise Adagrad to FrequencySGD", into),
         ("switch-back", "From FrequencySGD back to row-wise Adagrad", back),
     ):
         path = arguments.output / f"{name}.svg"
         draw(path, title, curves, "step", "log loss of held-out samples", steps)
-        print(
-            f"\n{title} ({path})\n\n" + table(curves, [steps, steps + 10, steps + 50, steps + 100])
-        )
+        print(f"\n{title} ({path})\n\n" + table(curves, shown))
     print(f"\nFrequencySGD from its first step on, {arguments.seeds} seeds\n\n{begun}")
 
 

@@ -297,9 +297,10 @@ def test_other_models_are_refused() -> None:
         load_adagrad_sums(paper, good)
     with pytest.raises(ValueError, match="'a' trains with normalize=None"):
         adagrad_sums(paper)
-    for optimizer in (FrequencySGD, torch.optim.SGD, torch.optim.Adagrad):
+    others = [build(o, "table_wise") for o in (FrequencySGD, torch.optim.SGD, torch.optim.Adagrad)]
+    for model in (*others, build(RowWiseAdagrad, "data_parallel")):
         with pytest.raises(ValueError, match="'a' does not train with row-wise Adagrad"):
-            torchrec_freq.load_momentum(build(optimizer, "table_wise"), good)
+            torchrec_freq.load_momentum(model, good)
     with pytest.raises(ValueError, match="No table of this model trains with FrequencySGD"):
         load_adagrad_sums(build(RowWiseAdagrad, "table_wise"), good)
     with pytest.raises(ValueError, match="Linear has no fused_optimizer"):
@@ -419,6 +420,11 @@ def test_wrong_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         "b": [10, 10],
     }
     assert file.squares == {"a": 4, "b": 4}
+    assert "no sums" not in capsys.readouterr().out
+    folder = save(tmp_path / "more", **two, **{key("momentum1", "a"): torch.ones(2)})
+    assert convert(folder, out) == 0
+    assert "has no sums of them: b" in capsys.readouterr().out
+    assert list(torchrec_freq.load_counts(out).counts) == ["a"]
 
 
 def test_tables_of_one_name_in_two_modules(tmp_path: Path) -> None:

@@ -21,14 +21,14 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 import torchrec_freq
 import torchrec_freq.monitor as monitor_module
-from torchrec_freq import COUNT_CEILING, FrequencySGD, TrainingMonitor
+from torchrec_freq import COUNT_CEILING, FrequencyConfig, FrequencySGD, TrainingMonitor
 from torchrec_freq.sharded.install import frequency_modules
 from torchrec_freq.traffic import CountHistogram, bin_counts, sample_bin_counts
 
 RATES = [0.5, 0.25, 0.125]
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"own_weight": 1},
+    {"own_weight": 3},
     {"normalize": None, "min_count": 2},
 ]
 
@@ -81,7 +81,9 @@ def brute_force(model: nn.Module, tables: list[TableSpec], factor: float = 1) ->
             if not normalized:
                 root = max(c, options["min_count"]) ** 0.5
             elif squares:
-                own = options.get("own_weight", 5) * squares / occurrences
+                own = (
+                    options.get("own_weight", FrequencyConfig().own_weight) * squares / occurrences
+                )
                 root = ((squares * c / total + own) / 2) ** 0.5
             else:
                 continue

@@ -24,7 +24,7 @@ LR = 0.03
 RULES: dict[str, dict[str, Any]] = {
     "full": {},
     "paper": {"normalize": None},
-    "batches": {"count": "batches", "own_weight": 1},
+    "batches": {"count": "batches", "own_weight": 5},
     "half-life": {"half_life": 2},
 }
 

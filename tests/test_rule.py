@@ -59,7 +59,7 @@ def test_papers_rule_alone() -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"own_weight": 1, "eps": 1e-2},
+    {"own_weight": 5, "eps": 1e-2},
     {"normalize": None, "min_count": 3, "eps": 1e-2},
 ]
 

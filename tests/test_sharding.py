@@ -46,7 +46,7 @@ FOUR_RANKS = ["table_row_wise", "table_column_wise", "grid_shard"]
 
 RULES: dict[str, dict[str, Any]] = {
     "full": {},
-    "own weight of 1": {"own_weight": 1, "eps": 1e-3},
+    "own weight of 5": {"own_weight": 5, "eps": 1e-3},
     "paper": {"normalize": None},
     "paper from 3": {"normalize": None, "min_count": 3},
     "batches": {"count": "batches"},
@@ -204,7 +204,7 @@ def test_half_precision_of_small_gradients() -> None:
         torch.manual_seed(0)
         collection = make_collection(TABLES, dtype=dtype)
         start = {t.name: collection.embedding_bags[t.name].weight.detach() for t in TABLES}
-        options = {"lr": LR}
+        options = {"lr": LR, "own_weight": 5}
         apply_optimizer_in_backward(FrequencySGD, collection.parameters(), options)
         plan = make_plan(kind, TABLES, 2)
         model = shard(collection, plan, EmbeddingBagCollectionSharder(), start)

@@ -162,7 +162,7 @@ def test_meta_device(kind: str) -> None:
 @on_ranks(2)
 def test_a_config_for_each_table() -> None:
     options: dict[str, dict[str, Any]] = {
-        "a": {"own_weight": 1.0, "half_life": 2},
+        "a": {"own_weight": 5.0, "half_life": 2},
         "b": {"count": "batches"},
         "c": {"normalize": None, "min_count": 3},
     }

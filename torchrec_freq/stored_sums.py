@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from torchrec_freq.state import table_names
 from torchrec_freq.stored import load_part, natural, read_metadata, saved_parts
 
 _MOMENTUM: Final = ".momentum1"
+_TABLE: Final = re.compile(r".*\.embedding(?:_bag)?s\.([^.]+)\.weight", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,22 @@ def open_sums(folder: Path) -> list[StoredSums]:
         parts = _parts(folder, stem + _MOMENTUM, name, weight, metadata)
         found.append(StoredSums(name, weight.size[0], folder, stem + _MOMENTUM, parts))
     return sorted(found, key=lambda table: natural(table.name))
+
+
+def tables_without_sums(folder: Path) -> list[str]:
+    """Tables whose weights are stored, but no sums: trained with another optimizer, or not at all.
+
+    Raises:
+        ValueError, OSError: as of :func:`open_sums`.
+    """
+    keys = read_metadata(folder).state_dict_metadata
+    weights = {match[1] for key in keys if (match := _TABLE.fullmatch(key))}
+    trained = {
+        key.removesuffix(_MOMENTUM).rpartition(".weight.")[2]
+        for key in keys
+        if key.endswith(_MOMENTUM)
+    }
+    return sorted(weights - trained, key=natural)
 
 
 def _weight(folder: Path, stem: str, name: str, metadata: Metadata) -> TensorStorageMetadata:

@@ -20,7 +20,7 @@ from torchrec_freq.commands.arguments import whole_numbers
 from torchrec_freq.commands.terminal import visible
 from torchrec_freq.files import save_counts
 from torchrec_freq.output import check_output
-from torchrec_freq.stored_sums import open_sums
+from torchrec_freq.stored_sums import open_sums, tables_without_sums
 
 HELP: Final = "turn the sums in a row-wise Adagrad's checkpoint into a file of counts"
 
@@ -78,3 +78,5 @@ def run(arguments: argparse.Namespace) -> None:
             bar.update(table.rows)
     save_counts(output, counts, squares)
     print(f"{visible(str(output))}: {len(counts)} tables, {rows:,} rows")
+    if others := tables_without_sums(arguments.checkpoint):
+        print(f"Not in it, as the checkpoint has no sums of them: {visible(', '.join(others))}")

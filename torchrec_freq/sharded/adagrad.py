@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from torchrec_freq.state import STATE_FORMAT, table_names
 
 MOMENTUM: Final = "momentum1"
 """TorchRec's name for row-wise Adagrad's sums in the state of a fused optimizer."""
+
+_TABLE: Final = re.compile(r"(?:.*\.)?embedding(?:_bag)?s\..+\.weight", re.DOTALL)
 
 
 def load_adagrad_sums(
@@ -120,13 +123,14 @@ def load_momentum(model: nn.Module, sums: Mapping[str, Tensor]) -> None:
     parts = _momentum_parts(model)
     for name, sums_R in sums.items():
         if name not in parts:
-            raise ValueError(f"The model has no sharded table {name!r}. Tables: {_list(parts)}.")
+            raise ValueError(f"The model has no table {name!r}. Tables: {_list(parts)}.")
         table = parts[name]
         _check(name, sums_R, table.rows)
         if table.momentum is None:
             raise ValueError(
                 f"Table {name!r} does not train with row-wise Adagrad: its fused optimizer has no "
-                f"{MOMENTUM} [num_embeddings]. Use RowWiseAdagrad in apply_optimizer_in_backward."
+                f"{MOMENTUM} [num_embeddings]. Use RowWiseAdagrad in apply_optimizer_in_backward, "
+                "and a plan without data_parallel, which TorchRec does not train with it."
             )
     with torch.no_grad():
         for name, sums_R in sums.items():
@@ -157,17 +161,13 @@ def _momentum_parts(model: nn.Module) -> dict[str, _Momentum]:
             f"A {type(model).__name__} has no fused_optimizer: give the DistributedModelParallel."
         )
     states = optimizer.state_dict()["state"]
-    weights = {
-        key: value
-        for key, value in model.state_dict().items()
-        if isinstance(value, (ShardedTensor, DTensor)) and key.endswith(".weight")
-    }
+    weights = {k: v for k, v in model.state_dict().items() if _TABLE.fullmatch(k)}
     tables = {key: key.split(".")[-2] for key in weights}
     names = table_names([f"{key}.{table}" for key, table in tables.items()])
     parts = {}
     for name, (key, table) in zip(names, tables.items(), strict=True):
         rows = _size(weights[key])[0]
-        if not _local_parts(weights[key]):
+        if isinstance(weights[key], (ShardedTensor, DTensor)) and not _local_parts(weights[key]):
             parts[name] = _Momentum(rows, [])
             continue
         state = states.get(key, {}).get(f"{table}.{MOMENTUM}")
@@ -178,7 +178,7 @@ def _momentum_parts(model: nn.Module) -> dict[str, _Momentum]:
 
 def _size(value: Any) -> torch.Size:
     """Of a whole tensor, without TorchRec's warning about its type."""
-    size: torch.Size = value.shape if isinstance(value, DTensor) else value.metadata().size
+    size: torch.Size = value.metadata().size if isinstance(value, ShardedTensor) else value.shape
     return size
 
 
@@ -193,7 +193,9 @@ def _local_parts(value: Any) -> list[tuple[int, Tensor]]:
     return [(shard.metadata.shard_offsets[0], shard.tensor) for shard in value.local_shards()]
 
 
-def _scaled_tables(model: nn.Module, names: Any) -> dict[str, tuple[FrequencyTables, Table]]:
+def _scaled_tables(
+    model: nn.Module, names: Iterable[str]
+) -> dict[str, tuple[FrequencyTables, Table]]:
     """The model's tables, of which those named are known and have their rates from squares."""
     tables = named_tables(model)
     for name in names:
