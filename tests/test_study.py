@@ -357,6 +357,8 @@ def test_quick_is_a_part_of_full(tmp_path: Path) -> None:
     printed = report.write(results, tmp_path / "out")
     for experiment in QUICK:
         assert f"| {experiment.setting}, {experiment.measures[0]} |" in printed
+    document = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert f"- DLRM, criteo, batch 4096: {FREQUENCY.label}; {ROWWISE.label}" in document
 
 
 def test_results_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:

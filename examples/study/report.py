@@ -6,7 +6,7 @@ from pathlib import Path
 
 from examples.study import figures, verdict
 from examples.study.compare import Arms, Difference, Settings, found, gain, paired
-from examples.study.config import FREQUENCY, OWN_WEIGHT, ROWWISE, STREAM
+from examples.study.config import FREQUENCY, FULL, OWN_WEIGHT, ROWWISE, STREAM
 from examples.study.results import Results
 from examples.study.sweep import STRESS, lr_at
 from examples.study.verdict import Cases
@@ -143,6 +143,13 @@ def _document(settings: Settings, drawn: Mapping[str, str]) -> Iterator[str]:
     yield pictures.get("rates", "")
     for name, arms in settings.items():
         yield f"## {name}\n\n{markdown(arms_table(arms))}"
+    absent: dict[str, dict[str, None]] = {}
+    for experiment in FULL:
+        for arm in experiment.arms:
+            if arm.label not in settings.get(experiment.setting, {}):
+                absent.setdefault(experiment.setting, {})[arm.label] = None
+    yield "## Not run\n\nThe full form also has these; ml-1m and criteo need files:"
+    yield "\n".join(f"- {name}: {'; '.join(arms)}" for name, arms in absent.items()) or "none"
 
 
 def _cell(difference: Difference | None, floor: float = -1) -> str:
