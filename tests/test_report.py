@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from test_sharding import make_plan
 from torch import Tensor
 
-from torchrec_freq import COUNT_CEILING, commands, save_counts
+from torchrec_freq import COUNT_CEILING, FrequencyConfig, commands, save_counts
 from torchrec_freq.__main__ import main
 from torchrec_freq.commands.report import LOAD_FACTORS
 from torchrec_freq.sharded.install import frequency_modules
@@ -184,7 +184,7 @@ def test_rates_are_those_that_are_known(
     known = None if squares is None else {"a": squares}
     table = report(tmp_path, {"a": torch.tensor([40, 20])}, *options, squares=known)["a"]
     lr = 0.1 if "--lr" in options else 1.0
-    own_weight = 2 if "--own-weight" in options else 5
+    own_weight = 2 if "--own-weight" in options else FrequencyConfig().own_weight
     s = (squares / 60) ** 0.5 if squares else 1  # of an occurrence
     root = 40**0.5 if "--no-normalize" in options else s * ((40 + own_weight) / 2) ** 0.5
     assert table["rates"]["max"] == pytest.approx(lr / root, rel=1e-5)
@@ -226,7 +226,8 @@ def test_checkpoints(tmp_path: Path, kind: str) -> None:
         assert tables[name]["scale"] == pytest.approx(scale, rel=1e-6)
         assert tables[name]["lookups"] == sum(counts)
         assert tables[name]["rate_unit"] == "lr"
-        rate = ((squares / total * max(counts) + 5 * scale**2) / 2) ** -0.5
+        own = FrequencyConfig().own_weight * scale**2
+        rate = ((squares / total * max(counts) + own) / 2) ** -0.5
         assert tables[name]["rates"]["max"] == pytest.approx(rate, rel=1e-5)
 
 

@@ -244,7 +244,8 @@ def test_a_tower_called_twice_before_a_backward() -> None:
     """Each call is a step; plans agree as they do with stock row-wise Adagrad."""
 
     def run(kind: str, optimizer: Any) -> tuple[dict[str, torch.Tensor], Any]:
-        pair = Pair(TABLES, make_plan(kind, TABLES, 2), optimizer=optimizer)
+        options = {"own_weight": 5} if optimizer is FrequencySGD else {}
+        pair = Pair(TABLES, make_plan(kind, TABLES, 2), options, optimizer=optimizer)
         rank = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
         for _ in range(4):
             calls = [to_kjt(make_batch(pair.rng, TABLES, 6), rank) for _ in range(2)]
@@ -267,7 +268,7 @@ def test_a_tower_called_twice_before_a_backward() -> None:
             theirs = (stock[kind][name] - stock["table_wise"][name]).abs().max()
             assert off < 2 * theirs + 1e-6, (kind, name, off, theirs)
     # DDP sums the gradients of the two calls: one step on the samples of both.
-    pair = Pair(TABLES, make_plan("data_parallel", TABLES, 2))
+    pair = Pair(TABLES, make_plan("data_parallel", TABLES, 2), {"own_weight": 5})
     for _ in range(4):
         first, second = (make_batch(pair.rng, TABLES, 6) for _ in range(2))
         both = [Feature(a.name, a.bags + b.bags) for a, b in zip(first, second, strict=True)]

@@ -46,7 +46,7 @@ from examples.train.data import Batches, Days, find_days
 from examples.train.loop import Loop
 from examples.train.monitor import Monitor
 from examples.train.ranks import gather
-from torchrec_freq import row_counts, save_counts
+from torchrec_freq import FrequencyConfig, row_counts, save_counts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = [3 + 2 * table for table in range(CAT_FEATURE_COUNT)]
@@ -236,8 +236,9 @@ def test_figures_of_the_tables(reference: Path) -> None:
         assert figures[f"{name}/lookups"][STEPS] == counts.sum() == STEPS * BATCH
         most = float(counts.max())
         assert figures[f"{name}/count_max"][STEPS] == most
-        # The own square of a row is taken for that of an occurrence, and weighs 5 of its counts.
-        rate = 0.05 / math.sqrt((most + 5) / 2) / figures[f"{name}/scale"][STEPS]
+        # The own square of a row is taken for that of an occurrence, and weighs as own_weight of its counts.
+        root = math.sqrt((most + FrequencyConfig().own_weight) / 2)
+        rate = 0.05 / root / figures[f"{name}/scale"][STEPS]
         assert figures[f"{name}/lr_at_max"][STEPS] == pytest.approx(rate, rel=1e-4)
 
 
