@@ -236,7 +236,7 @@ def test_figures_of_the_tables(reference: Path) -> None:
         assert figures[f"{name}/lookups"][STEPS] == counts.sum() == STEPS * BATCH
         most = float(counts.max())
         assert figures[f"{name}/count_max"][STEPS] == most
-        # The own square of a row is taken for that of an occurrence, and weighs as own_weight of its counts.
+        # The row's own square is taken for that of an occurrence: own_weight of its counts.
         root = math.sqrt((most + FrequencyConfig().own_weight) / 2)
         rate = 0.05 / root / figures[f"{name}/scale"][STEPS]
         assert figures[f"{name}/lr_at_max"][STEPS] == pytest.approx(rate, rel=1e-4)
