@@ -111,7 +111,7 @@ def _document(settings: Settings, drawn: Mapping[str, str]) -> Iterator[str]:
     yield "## Beside row-wise Adagrad"
     yield pictures.get("differences", "")
     yield markdown(differences_table(settings))
-    yield "## Targets\n\nAs they were set before the runs, for the mean over the seeds."
+    yield "## Targets\n\nAs they were set before any run, for the mean over the seeds."
     yield markdown(targets_table(settings))
     yield "## What settles the defaults"
     yield (verdict.__doc__ or "").split("\n\n", 1)[1].strip()
