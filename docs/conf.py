@@ -53,14 +53,16 @@ def adapt_links(app: Sphinx, page: str, source: list[str]) -> None:
         folder, source[0] = README.parent, README.read_text() + source[0]
 
     def adapt(match: re.Match[str]) -> str:
-        file = (folder / match[1]).resolve()
+        image, name, heading = match.groups(default="")
+        file = (folder / name).resolve()
         if not file.is_file():
             return match[0]
         target = "index.md" if file == README else os.path.relpath(file, PAGES)
-        download = "path:" if target.startswith("..") else ""
-        return f"]({download}{target}{match[2]})"
+        download = "path:" if target.startswith("..") and not image else ""
+        return f"{image}]({download}{target}{heading})"
 
-    source[0] = re.sub(r"\]\(([\w./-]+)((?:#[\w-]+)?)\)", adapt, source[0])
+    link = r"(!\[[^\]]*)?\]\(([\w./-]+)(#[\w-]+)?\)"
+    source[0] = re.sub(link, adapt, source[0])
 
 
 def math(writer: Any, node: nodes.Element) -> None:
