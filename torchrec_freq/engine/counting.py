@@ -81,6 +81,7 @@ class CountingTBE:
     ) -> None:
         self.frequency = frequency
         self._turn = Turn()
+        self._unchecked = frequency.count == "frozen"
         self.layout = Layout(
             [spec[0] for spec in self.embedding_specs],
             [spec[1] for spec in self.embedding_specs],
@@ -151,9 +152,10 @@ class CountingTBE:
         """As FBGEMM's; where a gradient is recorded, its backward counts and updates."""
         if torch.is_grad_enabled() and self._owns_totals:
             self.totals.advance()
-            if self.frequency.count == "frozen":
+            if self._unchecked:
                 for table, count in enumerate(self.totals.values.select(1, 2).tolist()):
                     require_counts(self.frequency, str(table), count)
+                self._unchecked = False
         weights_L, pooling = per_sample_weights, self.pooling_mode
         if weights_L is not None and not weights_L.is_cuda and pooling == PoolingMode.MEAN:
             # FBGEMM's CPU backward ignores 1/length where weights are given: they do the pooling.
