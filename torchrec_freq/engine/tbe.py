@@ -140,9 +140,10 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             self.totals.end_backward(self._aged)
 
     def _close_loan(self) -> None:
-        loan, self._loan = self._loan, None
-        if loan is not None:
-            self.counts.scatter_(0, loan.lookups.rows_L, loan.before_L)
+        with self._turn:
+            loan, self._loan = self._loan, None
+            if loan is not None:
+                self.counts.scatter_(0, loan.lookups.rows_L, loan.before_L)
 
     def settled_counts(self, table: int) -> Tensor:
         """int32 [rows] copy of the counts of a table, also while a backward is under way."""
