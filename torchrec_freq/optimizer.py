@@ -125,15 +125,15 @@ class FrequencySGD(torch.optim.Optimizer):
 
     def _step(self, param: Tensor, grad: Tensor, config: FrequencyConfig, lr: float) -> None:
         state = self.state[param]
+        totals = TableTotals([TotalsTable(1, config)], param.device)
         if not state:
-            totals = TableTotals([TotalsTable(1, config)], param.device)
             state[ROW_COUNTER] = torch.zeros(len(param), dtype=torch.int32, device=param.device)
-            state[TABLE_TOTALS], state[ROW_COUNTER_AGE] = totals.values[0], totals.ages
+            state[TABLE_TOTALS] = totals.values[0].clone()
+            state[ROW_COUNTER_AGE] = totals.ages.clone()
         rows_U, occurrences_U, grad_UD = _trained_rows(grad, config)
         if len(rows_U) == 0:
             # torch.distributed.checkpoint makes such a step to have a state to load into.
             return
-        totals = TableTotals([TotalsTable(1, config)], param.device)
         totals.values[0] = state[TABLE_TOTALS]
         totals.ages.copy_(state[ROW_COUNTER_AGE])
         before_U = state[ROW_COUNTER].index_select(0, rows_U)
