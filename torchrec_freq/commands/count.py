@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrec_freq.commands.arguments import whole_numbers
+from torchrec_freq.commands.arguments import add_counts_file, whole_numbers
 from torchrec_freq.commands.terminal import visible
 from torchrec_freq.engine.counters import COUNT_CEILING, count_occurrences_
 from torchrec_freq.files import save_counts
@@ -80,14 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files or folders: .npy of shape [samples, 26] (a folder's *_sparse.npy files), or "
         ".parquet (with pyarrow), but not both",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("counts.safetensors"),
-        metavar="FILE",
-        help="file of counts to write, 4 bytes a row; replaced if it exists (default: %(default)s)",
-    )
+    add_counts_file(parser)
     parser.add_argument(
         "--rows",
         type=whole_numbers,

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchrec_freq.adagrad import counts_of_sums
-from torchrec_freq.commands.arguments import whole_numbers
+from torchrec_freq.commands.arguments import add_counts_file, whole_numbers
 from torchrec_freq.commands.terminal import visible
 from torchrec_freq.files import save_counts
 from torchrec_freq.output import check_output
@@ -30,14 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="folder that holds .metadata"
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("counts.safetensors"),
-        metavar="FILE",
-        help="file of counts to write, 4 bytes a row; replaced if it exists (default: %(default)s)",
-    )
+    add_counts_file(parser)
     parser.add_argument(
         "--lookups",
         type=whole_numbers,
