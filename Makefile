@@ -56,20 +56,20 @@ $(READY): pyproject.toml Makefile $(VERSIONS) .ci/fbgemm-cpu/setup.py
 	touch $(READY)
 
 demo: setup  ## train a sharded DLRM on MovieLens-100K with three optimizers
-	@$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m examples.dlrm $(ARGS)
+	@$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m examples.demo $(ARGS)
 
 study: setup  ## compare optimizers: the main table, some minutes
-	@$(PY) -m examples.study quick $(ARGS)
+	@$(PY) -m benchmarks.study quick $(ARGS)
 
 study-full: setup  ## all of the study, about an hour
-	@$(PY) -m examples.study full --tables examples/study $(ARGS)
+	@$(PY) -m benchmarks.study full --tables benchmarks/study $(ARGS)
 
 bench: setup  ## time a step with FrequencySGD beside other optimizers
-	@$(PY) -m examples.bench tbe $(ARGS)
+	@$(PY) -m benchmarks.bench tbe $(ARGS)
 	@for ranks in 1 $(RANKS); do \
-	    $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks -m examples.bench sharded $(ARGS) || exit 1; \
+	    $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks -m benchmarks.bench sharded $(ARGS) || exit 1; \
 	done
-	@$(PY) -m examples.bench report $(ARGS)
+	@$(PY) -m benchmarks.bench report $(ARGS)
 
 test: lint  ## lint, type-check, and run the tests
 	@$(PY) -m pytest --durations=10
@@ -98,7 +98,7 @@ wheel: setup  ## build and check the wheel and the source archive, into dist
 clean:  ## remove build products and caches
 	@rm -rf build dist docs/_build *.egg-info .ci/fbgemm-cpu/build .ci/fbgemm-cpu/*.egg-info
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache
-	@find torchrec_freq docs examples launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find torchrec_freq benchmarks criteo docs examples launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove the environments, the downloaded data and results of runs
 	@rm -rf .venv .venv-next $(VENV) .data runs

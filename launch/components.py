@@ -1,4 +1,4 @@
-"""torchx component that trains examples.train on nodes x ranks, under any of torchx's schedulers.
+"""torchx component that trains criteo on nodes x ranks, under any of torchx's schedulers.
 
     torchx run -s local_cwd launch/components.py:dlrm -j 1x2 -- --config FILE
     torchx run launch/components.py:dlrm --help
@@ -42,12 +42,12 @@ def dlrm(
     max_retries: int = 0,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
-    """Trains a DLRM with examples.train, one rank a GPU (or a CPU process).
+    """Trains a DLRM with criteo, one rank a GPU (or a CPU process).
 
     Usage: torchx run -s SCHEDULER launch/components.py:dlrm -j 2x8 -h h100x8 -- --config FILE
 
     Args:
-        args: arguments of examples.train, after `--`
+        args: arguments of criteo, after `--`
         j: nodes x ranks of each node, such as 2x8; MIN:MAXxRANKS for a number of nodes that varies
         h: host by name, in place of cpu, gpu and memMB: a100x8, h100x8, or a torchx named resource
             such as aws_p5.48xlarge
@@ -120,7 +120,7 @@ def dlrm(
         defaults["PET_MAX_RESTARTS"] = str(max_restarts)
     app = ddp(
         *args,
-        m="examples.train",
+        m="criteo",
         image=image,
         name=name,
         j=j,

@@ -35,9 +35,9 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING, FrequencySGD, adagrad_sums, load_adagrad_sums
 from torchrec_freq import __main__ as command_line
-from torchrec_freq.adagrad import counts_of_sums
+from torchrec_freq.counts.adagrad import counts_of_sums
+from torchrec_freq.counts.row_state import RowShard, RowState
 from torchrec_freq.sharded.install import frequency_modules
-from torchrec_freq.sharded.row_state import RowShard, RowState
 
 TABLES = [
     TableSpec("a", 12, 16, ["f0"]),

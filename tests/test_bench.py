@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from examples.bench import (
+from benchmarks.bench import (
     BASE,
     OPTIMIZERS,
     Result,

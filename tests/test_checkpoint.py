@@ -20,8 +20,8 @@ from torchrec.distributed.sharding_plan import column_wise
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_freq import row_counts
+from torchrec_freq.counts.row_state import RowShard, RowState
 from torchrec_freq.sharded.install import frequency_modules
-from torchrec_freq.sharded.row_state import RowShard, RowState
 
 TABLES = [
     TableSpec("a", 12, 16, ["f0"]),

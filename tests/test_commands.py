@@ -21,10 +21,10 @@ import torch.distributed.checkpoint as dcp
 
 from torchrec_freq import save_counts
 from torchrec_freq.__main__ import main
-from torchrec_freq.commands import plan
-from torchrec_freq.commands.terminal import VisibleFormatter, visible
-from torchrec_freq.files import load_counts
-from torchrec_freq.traffic import TableTraffic
+from torchrec_freq.analysis.traffic import TableTraffic
+from torchrec_freq.cli import plan
+from torchrec_freq.cli.terminal import VisibleFormatter, visible
+from torchrec_freq.counts.files import load_counts
 
 HOSTILE = "a\x1b[2J\r\n\u202e|\x9b1m"
 SHOWN = r"a\x1b[2J\r\n\u202e|\x9b1m"
@@ -167,7 +167,7 @@ def program(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 WAITING = """
 import os, sys, time
 from torchrec_freq import __main__
-from torchrec_freq.traffic import TableTraffic
+from torchrec_freq.analysis.traffic import TableTraffic
 owner, name = (TableTraffic, "of") if sys.argv.pop(1) == "work" else (os, "fsync")
 whole, calls = getattr(owner, name), []
 def wait(*arguments, **options):

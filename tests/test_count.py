@@ -26,9 +26,10 @@ from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
 from torchrec_freq import COUNT_CEILING
 from torchrec_freq.__main__ import COMMANDS, main
-from torchrec_freq.commands import count
-from torchrec_freq.commands.count import count_ids
-from torchrec_freq.files import load_counts
+from torchrec_freq.counts import data_files
+from torchrec_freq.counts import ids as ids_module
+from torchrec_freq.counts.files import load_counts
+from torchrec_freq.counts.ids import count_ids
 
 ROWS = 50
 
@@ -70,14 +71,14 @@ def test_tensors_strides_empty_batches() -> None:
 
 
 def test_a_batch_larger_than_what_is_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(count, "_CHUNK_IDS", 10)
+    monkeypatch.setattr(ids_module, "_CHUNK_IDS", 10)
     ids = np.random.default_rng(0).integers(0, 9, 1003)
     expected = np.bincount(ids, minlength=9).tolist()
     assert count_ids([{"a": ids}], {"a": 9})["a"].tolist() == expected
 
 
 def test_counts_saturate() -> None:
-    tally = count._Tally({"a": 3}, modulo=False)
+    tally = ids_module.Tally({"a": 3}, modulo=False)
     tally._counts["a"].fill_(COUNT_CEILING - 5)
     for size in (3, 10, 1000):
         tally.add("a", np.ones(size, np.int32), "here")
@@ -175,7 +176,7 @@ def check_criteo(path: Path, data: np.ndarray, rows: int = ROWS) -> None:
 def test_blocks_need_not_divide_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, order: str
 ) -> None:
-    monkeypatch.setattr(count, "BLOCK_IDS", block)
+    monkeypatch.setattr(data_files, "BLOCK_IDS", block)
     data = criteo(301)
     np.save(tmp_path / "day_0_sparse.npy", np.asarray(data, order=order))  # type: ignore[call-overload]
     output = tmp_path / "counts.safetensors"
@@ -242,7 +243,7 @@ def test_memory_of_the_reader(tmp_path: Path) -> None:
     assert run(tmp_path / "x.npy", "-o", output, "--rows", 100) == 0
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 10 * count.BLOCK_IDS
+    assert peak < 10 * data_files.BLOCK_IDS
     assert load_counts(output).counts["t_cat_9"].tolist() == [1_000_000] + [0] * 99
 
 
@@ -280,7 +281,7 @@ def flatten(values: Iterable[int | list[int] | None]) -> list[int]:
 
 @pytest.mark.parametrize("block", [1, 64, 1 << 20])
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(count, "BLOCK_IDS", block)
+    monkeypatch.setattr(data_files, "BLOCK_IDS", block)
     (tmp_path / "part=1").mkdir()
     (tmp_path / "_temporary").mkdir()
     tables = [
@@ -308,13 +309,13 @@ def test_parquet_memory(tmp_path: Path) -> None:
     path_of_lists = tmp_path / "lists.parquet"
     pq.write_table(pa.table({"a": lists}), path_of_lists, use_dictionary=False)
     for data in (path, path_of_lists):
-        (file,) = [count._open(data)]
+        (file,) = [data_files.open_file(data)]
         base, most, total = pa.total_allocated_bytes(), 0, np.zeros(1000, int)
         for block in file.blocks(["a"]):
             total += np.bincount(block.ids["a"], minlength=1000)
             most = max(most, pa.total_allocated_bytes() - base)
         assert np.array_equal(total, np.bincount(ids, minlength=1000))
-        assert most < 64 * count.BLOCK_IDS // 2, most
+        assert most < 64 * data_files.BLOCK_IDS // 2, most
 
 
 # What is refused.

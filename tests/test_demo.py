@@ -195,7 +195,7 @@ def run_demo(out: Path, *, ranks: int) -> tuple[dict[str, Any], str]:
     data.mkdir()
     write_recbole(data)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "-m", "examples.dlrm", "--data", str(data)]
+    command += ["--nproc-per-node", str(ranks), "-m", "examples.demo", "--data", str(data)]
     command += ["--epochs", "1", "--batch-size", str(BATCH), "--out", str(out)]
     # The CPU path, wherever the test runs.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

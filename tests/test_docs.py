@@ -36,7 +36,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from ranks import on_ranks
 
-from examples.train.config import parse as parse_settings
+from criteo.config import parse as parse_settings
 from torchrec_freq import FrequencyConfig, _versions, planner
 from torchrec_freq import __main__ as command_line
 
@@ -131,7 +131,9 @@ def make_target(command: str) -> None:
     for word in words:
         if word.startswith("ARGS="):
             flags = [flag for flag in shlex.split(word[5:]) if flag.startswith("--")]
-            name = re.search(rf"-m (examples\.\w+).*{re.escape(word[5:])}", dry.stdout)
+            name = re.search(
+                rf"-m (examples\.\w+|benchmarks\.\w+).*{re.escape(word[5:])}", dry.stdout
+            )
             assert name, dry.stdout
             program(" ".join(["python -m", name[1], *flags]))
 
@@ -160,7 +162,7 @@ def settings_of_training(command: str) -> None:
 
 def dry_run(command: str) -> None:
     """torchx makes a job of it, whose program takes the settings."""
-    assert "examples.train" in run_command(command.replace("torchx run ", "torchx run --dryrun "))
+    assert "criteo" in run_command(command.replace("torchx run ", "torchx run --dryrun "))
     settings_of_training(command)
 
 
@@ -176,11 +178,11 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "takes minutes, and a package index or data from the network",
         make_target,
     ),
-    r"python -m examples\.bench profile": (
+    r"python -m benchmarks\.bench profile": (
         "takes ten seconds; tests/test_bench.py runs it on a small shape",
         program,
     ),
-    r"python -m examples\.switch .*": (
+    r"python -m benchmarks\.switch .*": (
         "takes some minutes; tests/test_switch.py does a few steps",
         lambda command: program(re.sub(r" (docs|\d+)\b", "", command)),
     ),
@@ -214,7 +216,7 @@ def write_data() -> None:
     random = np.random.default_rng(0)
     for day in range(2):
         np.save(f"day_{day}_sparse.npy", random.integers(0, 1000, (64, 26), dtype=np.int32))
-    for name in ("examples", "launch", ".torchxconfig"):  # for commands given from the top
+    for name in ("criteo", "launch", ".torchxconfig"):  # for commands given from the top
         Path(name).symlink_to(ROOT / name)
     Path("data").mkdir()
     ids = {name: random.integers(0, 10**9, 64).tolist() for name in ("user", "item")}

@@ -28,8 +28,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from examples import checkpoint
 from examples.checkpoint import Checkpoints, NoCheckpoint
-from torchrec_freq import files, load_counts, output, row_counts, save_counts
-from torchrec_freq.stored import open_stored
+from torchrec_freq import load_counts, output, row_counts, save_counts
+from torchrec_freq.counts import files
+from torchrec_freq.counts.stored import open_stored
 
 SEED = 17
 CASES = 2000  # of each kind

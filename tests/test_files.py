@@ -26,7 +26,7 @@ from test_sharding import make_plan
 
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING
-from torchrec_freq.files import CountsReader, load_counts, save_counts
+from torchrec_freq.counts.files import CountsReader, load_counts, save_counts
 from torchrec_freq.output import check_folder, check_output, write_text, writing
 
 COUNTS = {
@@ -361,7 +361,7 @@ def test_outputs_are_checked_before_the_work(
 
 WRITER = """
 import os, sys, torch
-from torchrec_freq.files import save_counts
+from torchrec_freq.counts.files import save_counts
 path, stop = sys.argv[1:]
 new = torch.full((20_000_000,), 2, dtype=torch.int32)
 if stop in ("fsync", "replace"):

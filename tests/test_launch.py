@@ -35,7 +35,7 @@ SBATCH = REPOSITORY / "launch" / "slurm.sbatch"
 # Shells, templates and separators must leave these as they are.
 TRAINING = ["--config", "my config.yaml", "--note", """it's "2 x 2": $HOME, $(false)"""]
 
-# Stands for examples.train where the launch alone is tested: each rank says what it was given.
+# Stands for criteo where the launch alone is tested: each rank says what it was given.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -61,11 +61,10 @@ if "WAITS" in os.environ:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A folder in which `-m examples.train` is the stand-in; it writes there what it was given."""
+    """A folder in which `-m criteo` is the stand-in; it writes there what it was given."""
     folder = tmp_path / "stand-in"
-    (folder / "examples").mkdir(parents=True)
-    (folder / "examples" / "__init__.py").touch()
-    (folder / "examples" / "train.py").write_text(STAND_IN)
+    folder.mkdir(parents=True)
+    (folder / "criteo.py").write_text(STAND_IN)
     return folder
 
 
@@ -137,7 +136,7 @@ def torchrun_arguments(
 def check_torchrun(read: Namespace, *, nodes: str, ranks: str, endpoint: str, id_: str) -> None:
     assert (read.nnodes, read.nproc_per_node) == (nodes, ranks)
     assert (read.rdzv_backend, read.rdzv_endpoint, read.rdzv_id) == ("c10d", endpoint, id_)
-    assert read.module and read.training_script == "examples.train"
+    assert read.module and read.training_script == "criteo"
     assert read.training_script_args == TRAINING
 
 

@@ -20,10 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 import torchrec_freq
-import torchrec_freq.monitor as monitor_module
+import torchrec_freq.analysis.monitor as monitor_module
 from torchrec_freq import COUNT_CEILING, FrequencyConfig, FrequencySGD, TrainingMonitor
+from torchrec_freq.analysis.traffic import CountHistogram, bin_counts, sample_bin_counts
 from torchrec_freq.sharded.install import frequency_modules
-from torchrec_freq.traffic import CountHistogram, bin_counts, sample_bin_counts
 
 RATES = [0.5, 0.25, 0.125]
 OPTIONS: list[dict[str, Any]] = [

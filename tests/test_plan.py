@@ -11,7 +11,8 @@ import torch
 
 from torchrec_freq import save_counts
 from torchrec_freq.__main__ import main
-from torchrec_freq.commands.plan import GB, OPTIMIZERS, SPECS, plan, read_spec
+from torchrec_freq.planner.search import OPTIMIZERS, plan
+from torchrec_freq.planner.spec import GB, SPECS, read_spec
 
 SPEC = """
 batch_size = 512

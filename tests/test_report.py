@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from test_sharding import make_plan
 from torch import Tensor
 
-from torchrec_freq import COUNT_CEILING, FrequencyConfig, commands, save_counts
+from torchrec_freq import COUNT_CEILING, FrequencyConfig, cli, save_counts
 from torchrec_freq.__main__ import main
-from torchrec_freq.commands.report import LOAD_FACTORS
+from torchrec_freq.analysis.report import LOAD_FACTORS
+from torchrec_freq.analysis.traffic import TableTraffic
+from torchrec_freq.counts.row_state import RowShard, RowState
+from torchrec_freq.counts.stored import open_stored
 from torchrec_freq.sharded.install import frequency_modules
-from torchrec_freq.sharded.row_state import RowShard, RowState
-from torchrec_freq.stored import open_stored
-from torchrec_freq.traffic import TableTraffic
 
 Json = dict[str, Any]
 
@@ -476,8 +476,8 @@ def test_a_missing_extra_is_named(
 ) -> None:
     path = tmp_path / "counts.safetensors"
     save_counts(path, {"a": torch.tensor([1, 2])})
-    monkeypatch.delitem(sys.modules, "torchrec_freq.commands.report_page", raising=False)
-    monkeypatch.delattr(commands, "report_page", raising=False)
+    monkeypatch.delitem(sys.modules, "torchrec_freq.cli.report_page", raising=False)
+    monkeypatch.delattr(cli, "report_page", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["report", str(path), "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.distributed.sharding_plan import table_wise
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from examples import checkpoint, dlrm
+from examples import checkpoint, demo
 from examples.checkpoint import MANIFEST, Checkpoints, NoCheckpoint, NotSaved
 from torchrec_freq import FrequencySGD
 
@@ -50,7 +50,7 @@ TIMEOUT_SECONDS = 60
 
 _context = multiprocessing.get_context("forkserver")
 # One server for all tests: the demo imports what `ranks` asks for, and more.
-_context.set_forkserver_preload(["examples.dlrm", "pytest"])
+_context.set_forkserver_preload(["examples.demo", "pytest"])
 
 
 @dataclass
@@ -124,10 +124,10 @@ def run_rank(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    sys.argv = ["dlrm.py", *command]
+    sys.argv = ["demo.py", *command]
     if stuck_in == "finish" or (stuck_in == "write_data" and environment["RANK"] == "1"):
         get_stuck(stuck_in)
-    dlrm.main()
+    demo.main()
 
 
 def get_stuck(method: str) -> None:
@@ -305,9 +305,9 @@ def test_flags_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dlrm.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["demo.py", *flags])
     with pytest.raises(SystemExit):
-        dlrm.parse_args()
+        demo.parse_args()
     assert message in capsys.readouterr().err
 
 

@@ -22,8 +22,8 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from examples.study import ablation, compare, planted, report, runner, stream, verdict
-from examples.study.config import (
+from benchmarks.study import ablation, compare, planted, report, runner, stream, verdict
+from benchmarks.study.config import (
     ADAGRAD,
     AFTER,
     AGEING,
@@ -41,11 +41,11 @@ from examples.study.config import (
     Experiment,
     Run,
 )
-from examples.study.data import criteo_data, find, load
-from examples.study.planted import Task
-from examples.study.results import Results
-from examples.study.sweep import lr_at, next_exponents
-from examples.study.train import build, train
+from benchmarks.study.data import criteo_data, find, load
+from benchmarks.study.planted import Task
+from benchmarks.study.results import Results
+from benchmarks.study.sweep import lr_at, next_exponents
+from benchmarks.study.train import build, train
 
 SMALL = Task(days=3, samples=600, held_out=600, rows=(4, 60))
 

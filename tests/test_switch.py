@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from examples import switch
-from examples.curves import draw
+from benchmarks import switch
+from benchmarks.curves import draw
 
 
 def test_pictures_and_figures(

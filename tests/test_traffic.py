@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from examples import movielens
 from torchrec_freq import COUNT_CEILING
+from torchrec_freq.analysis.traffic import BLOCKS, Policy, TableTraffic, _bin_of
 from torchrec_freq.planner import cache_statistics
-from torchrec_freq.traffic import BLOCKS, Policy, TableTraffic, _bin_of
 
 MOVIELENS = Path(__file__).resolve().parent.parent / ".data" / "ml-100k"
 LOAD_FACTORS = (0.01, 0.05, 0.2, 0.5)

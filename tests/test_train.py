@@ -37,15 +37,15 @@ from torchmetrics.classification import BinaryAUROC
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
+from criteo import __main__ as program
+from criteo import data as data_module
+from criteo import evaluate, model, ranks, scan
+from criteo.config import parse
+from criteo.data import Batches, Days, find_days
+from criteo.loop import Loop
+from criteo.monitor import Monitor
+from criteo.ranks import gather
 from examples.checkpoint import Checkpoints, NotSaved
-from examples.train import __main__ as program
-from examples.train import data as data_module
-from examples.train import evaluate, model, ranks, scan
-from examples.train.config import parse
-from examples.train.data import Batches, Days, find_days
-from examples.train.loop import Loop
-from examples.train.monitor import Monitor
-from examples.train.ranks import gather
 from torchrec_freq import FrequencyConfig, row_counts, save_counts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -57,9 +57,7 @@ CPU = torch.device("cpu")
 TIMEOUT_SECONDS = 120
 
 # One server for all tests: the program imports what the others ask for, and more.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["examples.train.__main__", "pytest"]
-)
+multiprocessing.get_context("forkserver").set_forkserver_preload(["criteo.__main__", "pytest"])
 
 
 def write(folder: Path, samples: int = SAMPLES, days: int = DAYS) -> Path:
@@ -146,7 +144,7 @@ class Launch:
         self.out = out
         out.mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "2", *torchrun, "-m", "examples.train"]
+        command += ["--nproc-per-node", "2", *torchrun, "-m", "criteo"]
         command += arguments(folder, out, "--checkpoint.keep", "100", "--data.threads", "1")
         self.log = (out / "log.txt").open("w+")
         self.process = subprocess.Popen(
@@ -168,7 +166,7 @@ class Launch:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         pids = children.read_text().split()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
-        return [int(pid) for pid in pids if b"examples.train" in commands[pid]]
+        return [int(pid) for pid in pids if b"criteo" in commands[pid]]
 
     def wait(self) -> int:
         try:
@@ -1066,7 +1064,7 @@ def test_another_rank_with_another_error_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smoke", "criteo"])
 def test_shipped_settings(name: str) -> None:
-    file = REPOSITORY / "examples" / "train" / f"{name}.yaml"
+    file = REPOSITORY / "criteo" / f"{name}.yaml"
     settings = parse(["--config", str(file), *GIVEN])
     settings.for_ranks(2)
     settings.for_ranks(8)
@@ -1133,7 +1131,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(reference: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "1", "-m", "examples.train"]
+    command += ["--nproc-per-node", "1", "-m", "criteo"]
     command += arguments(reference / "data", tmp_path / "out")
     for more in (["--max_steps", "12"], []):  # the second run resumes
         subprocess.run([*command, *more], cwd=REPOSITORY, check=True, timeout=240)

@@ -14,11 +14,11 @@ from test_train import BATCH, GIVEN, ROWS, STEPS, arguments, built, run, write
 from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
-from examples.train.config import parse
-from examples.train.start import start
+from criteo.config import parse
+from criteo.start import start
 from torchrec_freq import adagrad_sums, row_counts, save_counts
 from torchrec_freq.__main__ import main as command_line
-from torchrec_freq.stored_sums import open_sums
+from torchrec_freq.counts.stored_sums import open_sums
 
 ADAGRAD = ("--optimizer.name", "RowWiseAdagrad")
 

@@ -24,10 +24,14 @@ except _versions.StackError as refusal:
         sys.exit(str(refusal))
     raise
 
+from torchrec_freq.analysis import monitor, traffic
+from torchrec_freq.analysis.monitor import TrainingMonitor
+from torchrec_freq.analysis.rates import learning_rates
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.engine.counters import COUNT_CEILING
-from torchrec_freq.files import CountsFile, load_counts, save_counts
-from torchrec_freq.monitor import TrainingMonitor
+from torchrec_freq.counts import state
+from torchrec_freq.counts.files import CountsFile, load_counts, save_counts
+from torchrec_freq.counts.ids import count_ids
+from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.sharded.adagrad import adagrad_sums, load_adagrad_sums, load_momentum
 from torchrec_freq.sharded.counts import load_row_counts, row_counts
@@ -35,6 +39,10 @@ from torchrec_freq.sharded.install import install
 from torchrec_freq.sharded.opt_in import fused_params
 
 install()
+
+# Where these modules were in 0.1.
+for _module in (monitor, state, traffic):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __version__ = _versions.__version__
 __all__ = [
@@ -44,7 +52,9 @@ __all__ = [
     "FrequencySGD",
     "TrainingMonitor",
     "adagrad_sums",
+    "count_ids",
     "fused_params",
+    "learning_rates",
     "load_adagrad_sums",
     "load_counts",
     "load_momentum",

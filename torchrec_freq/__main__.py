@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq.commands import count, doctor, from_adagrad, plan, report
-from torchrec_freq.commands.terminal import visible
+from torchrec_freq.cli import count, doctor, from_adagrad, plan, report
+from torchrec_freq.cli.terminal import visible
 
 COMMANDS: Final = {
     "count": count,

@@ -20,10 +20,10 @@ from torchrec_freq.config import (
     config_of,
     refuse_coherence,
 )
+from torchrec_freq.counts.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, check_state
 from torchrec_freq.engine.counters import counted
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 from torchrec_freq.rule import entering_squares, row_multiplier
-from torchrec_freq.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, check_state
 
 
 class FrequencySGD(torch.optim.Optimizer):

@@ -1,41 +1,12 @@
-"""Row counts: count the rows of a batch, age by halving, and what can be a count at all."""
+"""Row counts: count the rows of a batch, age by halving."""
 
 from __future__ import annotations
-
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from torchrec_freq.config import CountMode
-
-COUNT_CEILING: Final = 2**30
-"""Largest count, at which a counter stays. The rest of int32 is headroom for one batch."""
-
-
-def check_counts(table: str, counts_R: Tensor) -> None:
-    """Refuses what cannot be the counts of a table.
-
-    Args:
-        counts_R: [rows] of any dtype, on any device.
-
-    Raises:
-        ValueError: not whole numbers from 0 to ``COUNT_CEILING``; the message names the table.
-    """
-    if counts_R.dim() != 1:
-        raise ValueError(
-            f"Table {table!r}: counts must have the shape [num_embeddings]; got "
-            f"{list(counts_R.shape)}."
-        )
-    if counts_R.is_complex() or counts_R.dtype == torch.bool:
-        raise ValueError(f"Table {table!r}: counts cannot be {counts_R.dtype}.")
-    if counts_R.is_floating_point() and not bool((counts_R.frac() == 0).all()):
-        raise ValueError(f"Table {table!r}: counts must be whole numbers, without NaN or infinity.")
-    least, most = (int(value) for value in counts_R.aminmax()) if counts_R.numel() else (0, 0)
-    if least < 0 or most > COUNT_CEILING:
-        raise ValueError(
-            f"Table {table!r}: counts must lie in 0 to {COUNT_CEILING}; got {least} to {most}."
-        )
+from torchrec_freq.counts.state import COUNT_CEILING
 
 
 def count_occurrences_(counts_R: Tensor, rows_L: Tensor, trained_L: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.counts.state import STATE_FORMAT, TOTALS
 from torchrec_freq.engine.turn import Turn
 from torchrec_freq.rule import SQUARE_LIMIT, squares_per_count
-from torchrec_freq.state import STATE_FORMAT, TOTALS
 
 HOLD_STEPS: Final = 1 << 22
 """Steps since the last halving from which on float32 does not show a row's square beside what the

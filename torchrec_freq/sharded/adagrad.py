@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.types import ShardedTensor
 
-from torchrec_freq.adagrad import check_lookups, check_sums, counts_of_sums, sums_of_counts
+from torchrec_freq.counts.adagrad import check_lookups, check_sums, counts_of_sums, sums_of_counts
+from torchrec_freq.counts.state import STATE_FORMAT, TableState, table_names
 from torchrec_freq.sharded.counts import named_tables
-from torchrec_freq.sharded.tables import FrequencyTables, Table, TableState
-from torchrec_freq.state import STATE_FORMAT, table_names
+from torchrec_freq.sharded.tables import FrequencyTables, Table
 
 MOMENTUM: Final = "momentum1"
 """TorchRec's name for row-wise Adagrad's sums in the state of a fused optimizer."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from torchrec_freq.config import require_number
-from torchrec_freq.engine.counters import check_counts
+from torchrec_freq.counts.state import check_counts
 from torchrec_freq.sharded.install import frequency_modules
 from torchrec_freq.sharded.tables import FrequencyTables, Table
 

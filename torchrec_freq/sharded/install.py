@@ -38,6 +38,7 @@ from torchrec.distributed.planner.types import ShardingOption, Storage
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.counts.state import ROW_COUNTER, check_state
 from torchrec_freq.engine.counting import NOT_COMPILED
 from torchrec_freq.engine.replicated import average_and_apply
 from torchrec_freq.engine.tbe import FrequencyTBE
@@ -59,7 +60,6 @@ from torchrec_freq.sharded.opt_in import (
     without_optimizer,
 )
 from torchrec_freq.sharded.tables import FrequencyTables
-from torchrec_freq.state import ROW_COUNTER, check_state
 
 COUNTER_BYTES: Final = 4
 """Bytes of a row's counter."""

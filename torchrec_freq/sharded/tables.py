@@ -11,10 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchrec_freq.counts.row_state import RowShard, RowState
+from torchrec_freq.counts.state import (
+    ROW_COUNTER,
+    ROW_COUNTER_AGE,
+    TABLE_TOTALS,
+    TOTALS,
+    TableState,
+)
 from torchrec_freq.engine.counting import CountingTBE, Membership, require_counts
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
-from torchrec_freq.sharded.row_state import RowShard, RowState
-from torchrec_freq.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, TOTALS
 
 _CHUNK_ROWS: Final = 1 << 24
 """Rows summed over the ranks at once: bounds the device memory that a large table needs."""
@@ -55,21 +61,6 @@ class LocalShard:
         """That of the next update."""
         rate: float = self.tbe.get_learning_rate()  # type: ignore[attr-defined]
         return rate
-
-
-@dataclass(frozen=True)
-class TableState:
-    """What a whole table has learned about its rows.
-
-    Attributes:
-        counts: int64 [rows], on the CPU.
-        totals: float64 [4], on the CPU: the row of ``TableTotals.values``.
-        age: steps since the counts were last halved.
-    """
-
-    counts: Tensor
-    totals: Tensor
-    age: int
 
 
 class FrequencyTables:

@@ -1,0 +1,1 @@
+"""Measurements: a step beside other optimizers, how they learn, a switch from row-wise Adagrad."""

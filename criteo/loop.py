@@ -1,0 +1,239 @@
+"""The training loop: steps, figures, evaluations, checkpoints, and a clean stop."""
+
+import functools
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from criteo.config import Settings
+from criteo.data import Batches, read_ahead
+from criteo.evaluate import evaluate, next_outputs
+from criteo.model import Training, set_rates
+from criteo.monitor import Monitor
+from criteo.ranks import Refused
+from criteo.start import start
+from examples.checkpoint import Checkpoints, NotSaved
+from torchrec_freq import TrainingMonitor
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a process that SIGTERM ended."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps besides model and optimizers."""
+
+    seconds: float = 0.0  # of training
+    train_loss: float | None = None  # mean of the last steps that were logged
+    curve: list[dict[str, Any]] = field(default_factory=list)  # one point an evaluation
+
+
+class Loop:
+    """Trains to the last step, from the last checkpoint if there is one.
+
+    Args:
+        training: model and optimizers.
+        train: batches.
+        held_out: batches for the evaluations along the way (`some`) and at the end (`valid` and
+            `test`).
+        checkpoints: of this run.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        training: Training,
+        train: Batches,
+        held_out: dict[str, Batches],
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.settings, self.training, self.device = settings, training, training.model.device
+        self.train, self.held_out, self.checkpoints = train, held_out, checkpoints
+        self.steps = settings.epochs * train.steps
+        if settings.max_steps is not None:
+            self.steps = min(self.steps, settings.max_steps)
+        self.step = 0
+        self.saved: int | None = None  # step of the last checkpoint
+        self.progress = Progress()
+        self.terminated = False
+        self._resume()
+        self.monitor = Monitor(settings.out / "tensorboard", self.step)
+        self.tables = None
+        if settings.optimizer.name == "FrequencySGD":
+            self.tables = TrainingMonitor(training.model, every=1, write=self.monitor.log)
+        self.pipeline = TrainPipelineSparseDist(
+            training.model,
+            training.optimizer,
+            self.device,
+            execute_all_batches=True,
+            custom_model_fwd=self._forward,
+        )
+
+    def run(self) -> None:
+        """Trains, evaluates, and leaves a checkpoint of the last step.
+
+        Raises:
+            SystemExit: after SIGTERM on any rank, with a checkpoint, on every rank.
+            Refused: the loss is no finite number, on every rank.
+            NotSaved: a checkpoint cannot be written, on every rank; the last good one is kept.
+        """
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        every = self.settings.evaluation.every
+        if self.step:
+            self.monitor.say(f"Resumed from {self._path(self.step)}, after {self.step} steps.")
+        self.last_save = self.mark = time.monotonic()
+        while True:
+            if self.step == self.steps:
+                self._evaluate("valid", "test")
+                break
+            if every and self.step and self.step % every == 0:
+                self._evaluate("some")
+            stop = self.steps
+            if every:
+                stop = min(stop, (self.step // every + 1) * every)
+            self._train_to(stop)
+        if self.saved != self.steps:
+            self._save()
+        self.monitor.close()
+
+    def _train_to(self, stop: int) -> None:
+        """Some steps, after which nothing of them is left in the pipeline."""
+        source = read_ahead(self.train, range(self.step, stop), self.settings.data.threads)
+        loss = torch.zeros((), device=self.device)
+        summed = 0
+        self.mark = time.monotonic()
+        while self.step < stop:
+            rate = set_rates(self.training, self.settings.optimizer, self.step)
+            outputs = next_outputs(self.pipeline, source)
+            assert outputs is not None, "the pipeline ended before its batches"
+            loss += outputs[0]  # stays on the device
+            self.step, summed = self.step + 1, summed + 1
+            if self.step % self.settings.log_every == 0 or self.step == stop:
+                self._log(loss / summed, summed, rate)
+                loss.zero_()
+                summed = 0
+        rest = next_outputs(self.pipeline, source)  # empties it
+        assert rest is None
+
+    def _log(self, loss: Tensor, steps: int, rate: float) -> None:
+        """The only place where the host waits for the device, and the ranks agree what to do."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        due = dist.get_rank() == 0 and minutes >= self.settings.checkpoint.minutes
+        flags = torch.tensor([self.terminated, due], dtype=loss.dtype, device=self.device)
+        shared = torch.cat([loss.view(1), flags])
+        dist.all_reduce(shared)
+        total, terminated, due = shared.tolist()
+        mean, seconds = total / dist.get_world_size(), time.monotonic() - self.mark
+        if not math.isfinite(mean):
+            raise Refused(
+                f"The training loss is {mean} in the {steps} steps up to step {self.step}. Lower "
+                "--optimizer.lr or --optimizer.dense_lr, or let --optimizer.warmup steps pass; "
+                f"the last checkpoint in {self.checkpoints.folder} is of an earlier step."
+            )
+        self.progress.seconds += seconds
+        self.progress.train_loss = mean
+        speed = steps * self.settings.batch_size / seconds
+        self.monitor.log(
+            self.step, {"train/loss": mean, "train/lr": rate, "train/samples_per_second": speed}
+        )
+        self.monitor.say(
+            f"step {self.step:,} of {self.steps:,}: loss {mean:.4f}, lr {rate:g}, "
+            f"{speed:,.0f} samples/s"
+        )
+        if terminated:
+            self._stop()
+        if due and self.step < self.steps:
+            try:
+                self._save()
+            except NotSaved as error:
+                if self.settings.checkpoint.not_saved == "stop":
+                    raise
+                self.last_save = time.monotonic()
+                self.monitor.say(f"{error}. Training goes on, and will try again.")
+        self.mark = time.monotonic()
+
+    def _evaluate(self, *splits: str) -> None:
+        """Adds a point to the curve, unless a resumed run has it."""
+        curve = self.progress.curve
+        if curve and curve[-1]["step"] == self.step:
+            return
+        point: dict[str, Any] = {"step": self.step}
+        self.training.model.eval()
+        for split in splits:
+            batches = self.held_out[split]
+            source = read_ahead(batches, range(batches.steps), self.settings.data.threads)
+            figures = evaluate(
+                self.pipeline,
+                source,
+                self.device,
+                self.settings.evaluation.thresholds,
+                functools.partial(self._stop_if_terminated, [0]),
+            )
+            name = "test" if split == "test" else "valid"
+            point[name] = figures
+            self.monitor.log(self.step, {f"{name}/{key}": figures[key] for key in figures})
+            self.monitor.say(
+                f"step {self.step:,}: {name} AUC {figures['auc']:.4f}, "
+                f"log loss {figures['log_loss']:.4f}"
+            )
+        self.training.model.train()
+        if self.tables is not None:  # counts and effective learning rates of each table
+            self.tables.step(self.step)
+        curve.append(point)
+
+    def _stop_if_terminated(self, calls: list[int]) -> None:
+        """For a long evaluation: asks the other ranks every `log_every` calls."""
+        calls[0] += 1
+        if calls[0] % self.settings.log_every == 0:
+            flag = torch.tensor(int(self.terminated), device=self.device)
+            dist.all_reduce(flag)
+            if flag:
+                self._stop()
+
+    def _stop(self) -> None:
+        if self.saved != self.step:
+            self._save()
+        self.monitor.say(
+            f"Stopped by SIGTERM after step {self.step:,}: saved {self._path(self.step)}. The same "
+            "command goes on from there."
+        )
+        self.monitor.close()
+        raise SystemExit(TERMINATED)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self.terminated = True
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.step, self.training.state(), asdict(self.progress))
+        self.saved, self.last_save = self.step, time.monotonic()
+        self.monitor.flush()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.latest()
+        if found is None:
+            start(self.settings, self.training)
+            return
+        if found.step > self.steps:
+            raise ValueError(
+                f"{found.path} is {found.step} steps old, more than this run has ({self.steps}). "
+                "Ask for more --epochs or --max_steps, or start anew in another --out."
+            )
+        # Adam makes its state in its first step: here one without gradients, which moves nothing.
+        self.training.dense_optimizer.init_state()
+        self.checkpoints.load(found, self.training.state())
+        self.progress = Progress(**found.progress)
+        self.step = self.saved = found.step
+
+    def _forward(self, batch: Any) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.model.autocast):
+            return self.training.model(batch)
+
+    def _path(self, step: int) -> str:
+        return str(self.checkpoints.folder / f"step-{step:08}")

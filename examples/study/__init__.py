@@ -1,1 +1,0 @@
-"""Does FrequencySGD learn as well as other optimizers? `python -m examples.study --help`."""

@@ -1,0 +1,1 @@
+"""What counts say: of skew, caches and rates, for a report and while training."""

@@ -1,0 +1,75 @@
+"""Counts from row-wise Adagrad: a run's sums of squares, from its checkpoint, as a file of counts.
+
+Loaded with torchrec_freq.load_row_counts(model, *torchrec_freq.load_counts(path)), it gives every
+row the rate that row-wise Adagrad gave it. The checkpoint is one of torch.distributed.checkpoint,
+of any sharding plan, with the model's state and its fused optimizer's. Memory holds the counts of
+all tables (4 bytes a row), the sums of one, and twice a shard as a rank saved it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+from tqdm import tqdm
+
+from torchrec_freq.cli.arguments import add_counts_file, whole_numbers
+from torchrec_freq.cli.terminal import visible
+from torchrec_freq.counts.adagrad import counts_of_sums
+from torchrec_freq.counts.files import save_counts
+from torchrec_freq.counts.stored_sums import open_sums, tables_without_sums
+from torchrec_freq.output import check_output
+
+HELP: Final = "turn the sums in a row-wise Adagrad's checkpoint into a file of counts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what :func:`run` takes."""
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder that holds .metadata"
+    )
+    add_counts_file(parser)
+    parser.add_argument(
+        "--lookups",
+        type=whole_numbers,
+        metavar="N[,N...]",
+        help="occurrences of ids so far, over all batches and ranks: one number for all tables, or "
+        "one for each, in the order of their names (default: unknown; the largest count of a table "
+        "is then 2^29, and its shares change hardly any more)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Converts the sums of the checkpoint that the command line names.
+
+    Raises:
+        ValueError: wrong arguments, or a checkpoint without such sums, or with damaged ones; the
+            message names the table. Nothing is written.
+        OSError: a file cannot be read or written.
+    """
+    output: Path = arguments.output
+    check_output(output)
+    stored = open_sums(arguments.checkpoint)
+    lookups: list[int] | list[None] = arguments.lookups or [None]
+    if len(lookups) == 1:
+        lookups = lookups * len(stored)
+    if len(lookups) != len(stored):
+        raise ValueError(
+            f"--lookups has {len(lookups)} numbers, but the checkpoint {len(stored)} tables: "
+            f"{', '.join(table.name for table in stored)}. Give one for all, or one for each."
+        )
+    counts: dict[str, Tensor] = {}
+    squares: dict[str, float] = {}
+    rows = sum(table.rows for table in stored)
+    # Without a terminal no bar is drawn.
+    with tqdm(total=rows, unit=" rows", unit_scale=True, disable=None) as bar:
+        for table, number in zip(stored, lookups, strict=True):
+            bar.set_description(visible(table.name))
+            counts[table.name], squares[table.name] = counts_of_sums(table.read(), number)
+            bar.update(table.rows)
+    save_counts(output, counts, squares)
+    print(f"{visible(str(output))}: {len(counts)} tables, {rows:,} rows")
+    if others := tables_without_sums(arguments.checkpoint):
+        print(f"Not in it, as the checkpoint has no sums of them: {visible(', '.join(others))}")

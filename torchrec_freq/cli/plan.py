@@ -1,0 +1,154 @@
+"""What fits on a cluster: plans of TorchRec's planner for several optimizers, side by side.
+
+SPEC is a TOML file of the tables and the cluster, or one that comes with the package: criteo-1tb
+(882 million rows) or dlrm-dcnv2 (204 million rows, several ids a sample). For each optimizer the
+tables are planned in HBM; where they do not fit, with the largest in host memory behind a cache.
+Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from tqdm import tqdm
+
+from torchrec_freq.analysis.traffic import TableTraffic
+from torchrec_freq.cli.arguments import whole_number
+from torchrec_freq.cli.terminal import VisibleFormatter
+from torchrec_freq.counts.files import load_counts
+from torchrec_freq.output import check_output, write_text
+from torchrec_freq.planner.search import OPTIMIZERS, Result, plan
+from torchrec_freq.planner.spec import MOST_RANKS, Spec, read_spec
+
+HELP: Final = "plan tables on a cluster, with FrequencySGD beside other optimizers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what :func:`run` takes."""
+    parser.add_argument("spec", type=Path, help="a .toml file, criteo-1tb or dlrm-dcnv2")
+    parser.add_argument(
+        "--counts",
+        type=Path,
+        metavar="FILE",
+        help="file of counts with the spec's table names: hot shards cost more, caches are sized "
+        "by table (default: all rows equal)",
+    )
+    parser.add_argument(
+        "--ranks", type=whole_number, help=f"GPUs, up to {MOST_RANKS} (default: the spec's)"
+    )
+    parser.add_argument("--hbm-gb", type=float, help="HBM of a GPU, GB of 2^30 bytes")
+    parser.add_argument(
+        "--batch-size", type=whole_number, metavar="SAMPLES", help="samples of a rank"
+    )
+    parser.add_argument(
+        "--optimizer",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=list(OPTIMIZERS),
+        help="those to plan (default: all)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=whole_number,
+        metavar="SECONDS",
+        help="take the best plan of this long a search; on 1024 ranks it takes minutes "
+        "(default: search to the end)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plans here")
+    parser.add_argument(
+        "--report", action="store_true", help="also print TorchRec's report of each plan"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plans what the command line says, and prints a table.
+
+    Raises:
+        ValueError: a wrong spec or file of counts.
+        OSError: a file cannot be read or written.
+    """
+    spec = read_spec(
+        arguments.spec,
+        ranks=arguments.ranks,
+        hbm_gb=arguments.hbm_gb,
+        batch_size=arguments.batch_size,
+    )
+    if arguments.json is not None:
+        check_output(arguments.json)
+    counts = None if arguments.counts is None else _read_counts(arguments.counts, spec)
+    # TorchRec warns of each data-parallel table that it has no sharding spec.
+    logging.getLogger().setLevel(logging.ERROR)
+    with _reports() if arguments.report else contextlib.nullcontext():
+        results = [
+            plan(spec, optimizer, counts, arguments.timeout)
+            for optimizer in tqdm(
+                arguments.optimizer, desc="plan", unit=" optimizers", disable=None
+            )
+        ]
+    print(table(spec, results))
+    if arguments.json is not None:
+        text = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
+        write_text(arguments.json, text + "\n")
+
+
+@contextlib.contextmanager
+def _reports() -> Iterator[None]:
+    """TorchRec's reports go to the output."""
+    logger = logging.getLogger("torchrec.distributed.planner.stats")
+    level, handler = logger.level, logging.StreamHandler(sys.stdout)
+    handler.setFormatter(VisibleFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _read_counts(path: Path, spec: Spec) -> dict[str, TableTraffic]:
+    rows = {table.name: table.rows for table in spec.tables}
+    counts = load_counts(path).counts
+    for name, counts_R in counts.items():
+        if rows.get(name) != counts_R.numel():
+            raise ValueError(
+                f"{path}: table {name!r} of {counts_R.numel()} rows is not in the spec, which has "
+                + ", ".join(f"{table} ({n} rows)" for table, n in rows.items())
+            )
+    return {name: TableTraffic.of(counts_R, table=name) for name, counts_R in counts.items()}
+
+
+def table(spec: Spec, results: Sequence[Result]) -> str:
+    """The plans as a Markdown table."""
+    cluster = spec.cluster
+    lines = [
+        f"{len(spec.tables)} tables, {spec.rows:,} rows, on {cluster.ranks} x {cluster.hbm_gb:g} "
+        f"GB HBM ({1 - cluster.reserved:.0%} of it for tables), {spec.batch_size} samples a rank:",
+        "",
+        "| optimizer | fits | tables, GB | HBM, GB a rank | DDR, GB a rank | step, ms "
+        "| cache load factors | slowest rank / mean | planned in, s |",
+        "|---" * 9 + "|",
+    ]
+
+    def number(value: float | None, digits: int = 1) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    for r in results:
+        factors = sorted({f"{factor:.2f}" for factor in r.load_factors.values()})
+        cached = (
+            f"{' to '.join(factors[:: max(len(factors) - 1, 1)])} ({len(r.load_factors)} tables)"
+        )
+        lines.append(
+            f"| {r.optimizer} | {r.fits} | {number(r.tables_gb)} | {number(r.hbm_gb)} "
+            f"| {number(r.ddr_gb)} | {number(r.step_ms)} | {cached} | {number(r.imbalance, 2)} "
+            f"| {r.seconds:.1f} |"
+        )
+    return "\n".join(lines)

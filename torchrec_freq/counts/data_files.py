@@ -1,0 +1,186 @@
+"""Files of ids, read in blocks: Criteo npy and Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+CRITEO_COLUMNS: Final = tuple(f"cat_{index}" for index in range(26))
+"""Columns of a Criteo npy file, named as TorchRec's reader names its features."""
+
+BLOCK_IDS: Final = 1 << 18
+"""Ids read at once, over all columns. A block of lists holds as many on average."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive samples of a file, and the ids in each of the columns."""
+
+    samples: int
+    ids: dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file whose header has been checked.
+
+    Attributes:
+        columns: those that can hold ids.
+        table_pattern: name of a column's table, where none is given.
+        blocks: reads the columns named, in order.
+    """
+
+    path: Path
+    samples: int
+    columns: tuple[str, ...]
+    table_pattern: str
+    blocks: Callable[[Sequence[str]], Iterator[Block]]
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """The data files that the paths name, folders searched; all of one format."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder.")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = [
+            file
+            for file in sorted([*path.rglob("*_sparse.npy"), *path.rglob("*.parquet")])
+            # Other tools' unfinished and auxiliary files.
+            if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+            and file.is_file()
+        ]
+        if not inside:
+            raise ValueError(f"{path}: no *_sparse.npy or *.parquet file in this folder.")
+        found += inside
+    for path in found:
+        if not path.is_file():
+            raise ValueError(f"{path}: a pipe or device; give a file.")
+        if path.suffix not in _OPENERS:
+            raise ValueError(f"{path}: neither .npy nor .parquet; convert it, or rename it.")
+        if path.suffix != found[0].suffix:
+            raise ValueError(
+                f"{found[0]} and {path} are of different formats; count them separately."
+            )
+    seen: dict[Path, Path] = {}
+    for path in found:
+        if path.resolve() in seen:
+            raise ValueError(f"{path}: named twice; its ids would count twice.")
+        seen[path.resolve()] = path
+    return found
+
+
+def open_file(path: Path) -> DataFile:
+    """A file of :func:`find_files`, its header checked.
+
+    Raises:
+        ValueError: damaged, or not of the form that its name says; the message names the file.
+    """
+    return _OPENERS[path.suffix](path)
+
+
+def _open_npy(path: Path) -> DataFile:
+    """A Criteo file, [samples, 26] whole numbers."""
+
+    def mapped() -> NDArray[Any]:
+        try:
+            return np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: truncated, or not an npy file: {error}") from error
+
+    data = mapped()
+    if data.ndim != 2 or data.shape[1] != len(CRITEO_COLUMNS) or data.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: must hold whole numbers of shape [samples, {len(CRITEO_COLUMNS)}]; got "
+            f"{data.dtype} of shape {list(data.shape)}. Name the sparse files, day_0_sparse.npy."
+        )
+
+    def blocks(columns: Sequence[str]) -> Iterator[Block]:
+        indices = [(column, CRITEO_COLUMNS.index(column)) for column in columns]
+        step = max(BLOCK_IDS // len(CRITEO_COLUMNS), 1)
+        data = mapped()
+        for start in range(0, len(data), step):
+            block = np.asarray(data[start : start + step])
+            yield Block(len(block), {column: block[:, index] for column, index in indices})
+
+    return DataFile(path, len(data), CRITEO_COLUMNS, "t_{column}", blocks)
+
+
+def _open_parquet(path: Path) -> DataFile:
+    """A Parquet file; its columns of whole numbers, or of lists of them, can hold ids."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: reading Parquet needs pyarrow: pip install pyarrow, or torchrec-freq[parquet]"
+        ) from error
+
+    def is_list(kind: Any) -> bool:
+        return bool(
+            pa.types.is_list(kind)
+            or pa.types.is_large_list(kind)
+            or pa.types.is_fixed_size_list(kind)
+        )
+
+    def holds_ids(kind: Any) -> bool:
+        return bool(pa.types.is_integer(kind.value_type if is_list(kind) else kind))
+
+    try:
+        with pq.ParquetFile(path) as file:
+            samples = file.metadata.num_rows
+            schema = file.schema_arrow
+            columns = tuple(
+                field.name
+                for field in schema
+                if holds_ids(field.type) or len(schema.get_all_field_indices(field.name)) > 1
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: truncated, or not a Parquet file: {error}") from error
+
+    def blocks(columns: Sequence[str]) -> Iterator[Block]:
+        try:
+            # Mapped, not read: a row group may be larger than the memory.
+            with pq.ParquetFile(path, memory_map=True) as file:
+                step = _block_samples(file.metadata, columns)
+                for batch in file.iter_batches(batch_size=step, columns=list(columns)):
+                    ids: dict[str, NDArray[Any]] = {}
+                    for column in columns:
+                        values = batch.column(column)
+                        # A missing list is an empty one; what a missing id stands for is not known.
+                        values = values.flatten() if is_list(values.type) else values
+                        if values.null_count:
+                            raise ValueError(
+                                f"{path}: column {column!r} has missing ids (null). Fill them as "
+                                "training does, or drop them."
+                            )
+                        ids[column] = values.to_numpy()
+                    yield Block(batch.num_rows, ids)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: damaged: {error}") from error
+
+    return DataFile(path, samples, columns, "{column}", blocks)
+
+
+_OPENERS: Final = {".npy": _open_npy, ".parquet": _open_parquet}
+
+
+def _block_samples(metadata: Any, columns: Sequence[str]) -> int:
+    """Samples of a Parquet file with about ``BLOCK_IDS`` ids."""
+    ids = 0
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for index in range(row_group.num_columns):
+            chunk = row_group.column(index)
+            if chunk.path_in_schema.split(".")[0] in columns:
+                ids += chunk.num_values
+    samples: int = metadata.num_rows
+    return max(BLOCK_IDS * samples // max(ids, 1), 1)

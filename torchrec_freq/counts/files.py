@@ -1,0 +1,268 @@
+"""A file of counts: safetensors, one tensor a table, with checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import sys
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchrec_freq.counts.state import check_counts
+from torchrec_freq.output import writing
+
+_FORMAT: Final = "torchrec_freq.counts"
+_VERSION: Final = "2"
+# The first version has neither squares nor checksums; its steps say nothing to the rule.
+_READABLE: Final = ("1", _VERSION)
+_DTYPES: Final = ("I32", "I64")
+_BLOCK_ROWS: Final = 1 << 22
+# The name under which the format itself keeps text.
+_RESERVED: Final = "__metadata__"
+
+
+class CountsFile(NamedTuple):
+    """What a file of counts holds, in the order of :func:`torchrec_freq.load_row_counts`.
+
+    Attributes:
+        counts: table name -> int64 CPU tensor [num_embeddings].
+        squares: table name -> sum over the past of the mean squares of its rows' gradients, of the
+            tables where it is known.
+    """
+
+    counts: dict[str, Tensor]
+    squares: dict[str, float]
+
+
+def save_counts(
+    path: str | os.PathLike[str],
+    counts: Mapping[str, Tensor],
+    squares: Mapping[str, float] | None = None,
+) -> None:
+    """Writes counts to a safetensors file: int32 [num_embeddings] for each table.
+
+    An existing file is replaced in one step, once the new one is safely on the disk; a link is
+    written through. A writer that is killed leaves the old file as it was, and beside it a folder
+    ``.writing-*.tmp`` to delete.
+
+    With several ranks let one write, and the others wait where they read the file next:
+
+    >>> counts = torchrec_freq.row_counts(model)  # all ranks  # doctest: +SKIP
+    >>> if dist.get_rank() == 0:  # doctest: +SKIP
+    ...     torchrec_freq.save_counts("counts.safetensors", counts)
+    >>> dist.barrier()  # doctest: +SKIP
+
+    Args:
+        counts: table name -> [num_embeddings] whole numbers from 0 to
+            ``torchrec_freq.COUNT_CEILING``, of any dtype, on any device. Contiguous int32 tensors
+            on the CPU are written as they are, others copied (4 bytes a row).
+        squares: table name -> sum over the past of the mean squares of its rows' gradients, finite
+            and at least 0, for some or all of the tables.
+
+    Raises:
+        ValueError: no table, a name that the format cannot hold, counts that are not whole
+            numbers in range, wrong squares; the message names the table. Nothing is written.
+        OSError: the file cannot be written, or ``path`` is a folder, pipe or device.
+    """
+    squares = squares or {}
+    for name, value in squares.items():
+        if name not in counts:
+            raise ValueError(f"Table {name!r} has squares but no counts: give both.")
+        if not _is_square(value):
+            raise ValueError(
+                f"Invalid squares of table {name!r}: {value!r}. Must be a finite number >= 0."
+            )
+    if not counts:
+        raise ValueError("No counts to save: give at least one table.")
+    metadata = {"format": _FORMAT, "version": _VERSION}
+    if squares:
+        metadata["squares"] = json.dumps({name: float(squares[name]) for name in squares})
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, counts_R in counts.items():
+        tensor_R = _storable(name, counts_R)
+        # The library refuses tensors that share storage, even where they do not overlap.
+        if tensor_R.numel() and tensor_R.untyped_storage().data_ptr() in storages:
+            tensor_R = tensor_R.clone()
+        storages.add(tensor_R.untyped_storage().data_ptr())
+        tensors[name] = tensor_R
+    checksums = {
+        name: _checksum(counts_R, _checksum_of_header(name, len(counts_R), squares.get(name)))
+        for name, counts_R in tensors.items()
+    }
+    metadata["crc32"] = json.dumps(checksums)
+    with writing(path) as file:
+        try:
+            save_file(tensors, file, metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot be written: {error}") from error
+
+
+def load_counts(path: str | os.PathLike[str]) -> CountsFile:
+    """Reads a file of :func:`save_counts`, or of ``python -m torchrec_freq count``.
+
+    Every rank may read the same file:
+
+    >>> torchrec_freq.load_row_counts(
+    ...     model, *torchrec_freq.load_counts("counts.safetensors")
+    ... )  # doctest: +SKIP
+
+    Raises:
+        ValueError: the file is truncated, not a safetensors file, not one of counts, of a later
+            version, or holds other counts than were written, or what cannot be a count; the message
+            names the file.
+        OSError: the file is missing, cannot be read, or is no regular file.
+    """
+    reader = CountsReader(path)
+    counts = {}
+    for name, rows in reader.rows.items():
+        counts[name] = torch.empty(rows, dtype=torch.int64)
+        first = 0
+        for block_R in reader.blocks(name, _BLOCK_ROWS):
+            counts[name][first : first + len(block_R)] = block_R
+            first += len(block_R)
+    return CountsFile(counts, reader.squares)
+
+
+class CountsReader:
+    """A file of counts as it is now, read block by block, whatever takes its name meanwhile.
+
+    Attributes:
+        rows: table name -> number of rows.
+        squares: of the tables where they are known.
+
+    Raises:
+        ValueError, OSError: as of :func:`load_counts`; from :meth:`blocks`, too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        # Where there is a pipe, opening it would wait for a writer.
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        weakref.finalize(self, os.close, descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is a folder, pipe or device. Name a file of counts.")
+        # The library opens names, and a name may go to another file between two of its calls.
+        self._name = f"/dev/fd/{descriptor}"
+        with self._open() as file:
+            metadata = file.metadata() or {}
+            _check_metadata(self._path, metadata)
+            names = file.keys()
+            self.rows = {name: self._rows_of(file, name) for name in names}
+        self.squares: dict[str, float] = self._by_table(metadata, "squares") or {}
+        if not all(name in self.rows and _is_square(x) for name, x in self.squares.items()):
+            raise ValueError(f"{self._path} is damaged: its squares are {self.squares}.")
+        self._checksums = self._by_table(metadata, "crc32")
+        unchecked = metadata["version"] == "1" and self._checksums is None
+        if not unchecked and (self._checksums or {}).keys() != self.rows.keys():
+            raise ValueError(f"{path} is damaged: its checksums are not those of its tables.")
+
+    def blocks(self, name: str, block_rows: int) -> Iterator[Tensor]:
+        """A table's counts, ``block_rows`` rows after another.
+
+        Yields:
+            int32 or int64 [rows of the block], which nothing else refers to. The checksum is
+            compared after the last one.
+        """
+        rows = self.rows[name]
+        checksum = _checksum_of_header(name, rows, self.squares.get(name))
+        for start in range(0, rows, block_rows):
+            # Opened anew for each block, or what has been read stays mapped.
+            with self._open() as file:
+                counts_R = file.get_slice(name)[start : start + block_rows].clone()
+            try:
+                check_counts(name, counts_R)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._path}: {error} The file is damaged, or was not written by "
+                    "torchrec_freq."
+                ) from error
+            checksum = _checksum(counts_R, checksum)
+            yield counts_R
+        if self._checksums is not None and self._checksums[name] != checksum:
+            raise ValueError(
+                f"{self._path} is damaged: the counts of table {name!r} do not have the checksum "
+                "that they were written with. Copy the file again."
+            )
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        """The library's view of the file, and its errors as ours."""
+        try:
+            with safe_open(self._name, framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self._path} is truncated or not a safetensors file ({error}). Copy it again, or "
+                "write it with torchrec_freq.save_counts."
+            ) from error
+
+    def _by_table(self, metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
+        """A JSON object in the metadata; None where there is none."""
+        if key not in metadata:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(metadata[key]), dict):
+                return found
+        raise ValueError(f"{self._path} is damaged: its {key} are no JSON object.")
+
+    def _rows_of(self, file: Any, name: str) -> int:
+        """Rows of a table, whose type and shape are checked."""
+        stored = file.get_slice(name)
+        dtype, shape = stored.get_dtype(), stored.get_shape()
+        if dtype not in _DTYPES or len(shape) != 1:
+            raise ValueError(
+                f"{self._path}: table {name!r} must be {' or '.join(_DTYPES)} of shape "
+                f"[num_embeddings]; got {dtype} of shape {shape}. Write the file with "
+                "torchrec_freq.save_counts."
+            )
+        return int(shape[0])
+
+
+def _storable(name: str, counts_R: Tensor) -> Tensor:
+    """``counts_R`` as a contiguous int32 tensor on the CPU, itself where it is one."""
+    if not isinstance(name, str) or not name or name == _RESERVED:
+        raise ValueError(f"A file of counts cannot hold a table of name {name!r}: rename it.")
+    check_counts(name, counts_R)
+    return counts_R.detach().to("cpu", torch.int32).contiguous()
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuses other files, and those of a later version."""
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is a safetensors file, but not one of counts: its format is "
+            f"{metadata.get('format')!r} instead of {_FORMAT!r}. Counts are written by "
+            "torchrec_freq.save_counts and python -m torchrec_freq count."
+        )
+    if metadata.get("version") not in _READABLE:
+        raise ValueError(
+            f"{path} holds counts in version {metadata.get('version')!r} of the format; this "
+            f"torchrec_freq reads up to {_VERSION!r}. Upgrade torchrec_freq."
+        )
+
+
+def _is_square(value: Any) -> bool:
+    """Whether this is a number that a float64 holds, at least 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= sys.float_info.max
+
+
+def _checksum_of_header(name: str, rows: int, square: float | None) -> int:
+    """CRC-32 of what a file says of a table besides the counts."""
+    return zlib.crc32(json.dumps([name, rows, None if square is None else float(square)]).encode())
+
+
+def _checksum(counts_R: Tensor, start: int) -> int:
+    """``start`` continued with the bytes of counts, contiguous on the CPU."""
+    return zlib.crc32(counts_R.numpy().data, start)

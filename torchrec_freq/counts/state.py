@@ -1,0 +1,141 @@
+"""The state of a table in plan-independent form: what a count can be, keys, names, its check."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+COUNT_CEILING: Final = 2**30
+"""Largest count, at which a counter stays. The rest of int32 is headroom for one batch."""
+
+ROW_COUNTER: Final = "row_counter"
+"""int32 [rows] of the whole table, under every sharding plan."""
+
+TABLE_TOTALS: Final = "table_totals"
+"""float64 [4]: ``STATE_FORMAT``, the sum of squares, the sum of counts, the occurrences that the
+squares stand for."""
+
+ROW_COUNTER_AGE: Final = "row_counter_age"
+"""int64 [1]: steps since the counts were last halved."""
+
+STATE_FORMAT: Final = 2
+TOTALS: Final = 4
+
+# Of a sharded collection: what the user called the optimizer, the collection's path, the table.
+_SHARDED: Final = re.compile(
+    r"(?:(?:.*\.)?state\.)?(?:(?P<path>.+)\.)?embedding(?:_bag)?s\.(?P<table>.+)\.weight\.(?P=table)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class TableState:
+    """What a whole table has learned about its rows.
+
+    Attributes:
+        counts: int64 [rows], on the CPU.
+        totals: float64 [4], on the CPU: the row of ``TableTotals.values``.
+        age: steps since the counts were last halved.
+    """
+
+    counts: Tensor
+    totals: Tensor
+    age: int
+
+
+def check_counts(table: str, counts_R: Tensor) -> None:
+    """Refuses what cannot be the counts of a table.
+
+    Args:
+        counts_R: [rows] of any dtype, on any device.
+
+    Raises:
+        ValueError: not whole numbers from 0 to ``COUNT_CEILING``; the message names the table.
+    """
+    if counts_R.dim() != 1:
+        raise ValueError(
+            f"Table {table!r}: counts must have the shape [num_embeddings]; got "
+            f"{list(counts_R.shape)}."
+        )
+    if counts_R.is_complex() or counts_R.dtype == torch.bool:
+        raise ValueError(f"Table {table!r}: counts cannot be {counts_R.dtype}.")
+    if counts_R.is_floating_point() and not bool((counts_R.frac() == 0).all()):
+        raise ValueError(f"Table {table!r}: counts must be whole numbers, without NaN or infinity.")
+    least, most = (int(value) for value in counts_R.aminmax()) if counts_R.numel() else (0, 0)
+    if least < 0 or most > COUNT_CEILING:
+        raise ValueError(
+            f"Table {table!r}: counts must lie in 0 to {COUNT_CEILING}; got {least} to {most}."
+        )
+
+
+def table_names(stems: Sequence[str]) -> list[str]:
+    """A table's name, with the path of its collection where two have one of that name.
+
+    Args:
+        stems: keys of the tables' states, as ``"ebc.embedding_bags.item.weight.item"``.
+    """
+    forms = []
+    for stem in stems:
+        match = _SHARDED.fullmatch(stem)
+        table = match["table"] if match else stem
+        forms.append(
+            (table, f"{match['path']}.{table}" if match and match["path"] else table, stem)
+        )
+    uses = [Counter(level) for level in zip(*forms, strict=True)]
+    return [next(f for f, use in zip(form, uses, strict=True) if use[f] == 1) for form in forms]
+
+
+def check_state(table: str, states: Mapping[str, Any], rows: int) -> None:
+    """Refuses what cannot be a table's state.
+
+    Args:
+        states: by key without the table's name.
+        rows: of the table.
+
+    Raises:
+        ValueError: what is missing or wrong, and what to do.
+    """
+    advice = (
+        "Load the model's weights without it, then either seed the counts, "
+        "torchrec_freq.load_row_counts(model, counts), or start from zero by doing nothing."
+    )
+    if ROW_COUNTER not in states:
+        raise ValueError(
+            f"The optimizer state has no row counters of {table!r} ({ROW_COUNTER}): it is not one "
+            f"of FrequencySGD. {advice}"
+        )
+    if TABLE_TOTALS not in states or ROW_COUNTER_AGE not in states:
+        raise ValueError(
+            f"The optimizer state of {table!r} is of torchrec_freq 0.1: it has no {TABLE_TOTALS}. "
+            "Load the model's weights and the row counters alone, and give these to "
+            "torchrec_freq.load_row_counts(model, counts); docs/checkpoints.md shows how."
+        )
+    totals = states[TABLE_TOTALS]
+    if tuple(totals.shape) != (TOTALS,) or float(totals[0]) != STATE_FORMAT:
+        raise ValueError(
+            f"The {TABLE_TOTALS} of {table!r} are {totals.tolist()}, not of format {STATE_FORMAT}: "
+            f"damaged, or of a later torchrec_freq. Upgrade it, or start anew. {advice}"
+        )
+    if not bool((torch.isfinite(totals) & (totals >= 0)).all()):
+        raise ValueError(
+            f"The {TABLE_TOTALS} of {table!r} must be finite and at least 0; got "
+            f"{totals.tolist()}. {advice}"
+        )
+    if int(states[ROW_COUNTER_AGE]) < 0:
+        raise ValueError(
+            f"The {ROW_COUNTER_AGE} of {table!r} must be at least 0; got "
+            f"{int(states[ROW_COUNTER_AGE])}. {advice}"
+        )
+    counts = states[ROW_COUNTER]
+    if tuple(counts.shape) != (rows,):
+        raise ValueError(
+            f"Table {table!r} has {rows} rows; got row counters of shape {list(counts.shape)}."
+        )
+    for part in [s.tensor for s in counts.shards] if hasattr(counts, "shards") else [counts]:
+        check_counts(table, part)
