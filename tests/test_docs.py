@@ -216,7 +216,12 @@ def write_data() -> None:
     random = np.random.default_rng(0)
     for day in range(2):
         np.save(f"day_{day}_sparse.npy", random.integers(0, 1000, (64, 26), dtype=np.int32))
-    for name in ("criteo", "examples", "launch", ".torchxconfig"):  # for commands given from the top
+    for name in (
+        "criteo",
+        "examples",
+        "launch",
+        ".torchxconfig",
+    ):  # for commands given from the top
         Path(name).symlink_to(ROOT / name)
     Path("data").mkdir()
     ids = {name: random.integers(0, 10**9, 64).tolist() for name in ("user", "item")}

@@ -22,7 +22,7 @@ from torchrec.distributed.embeddingbag import (
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.sharding_plan import data_parallel, row_wise, table_wise
-from torchrec.distributed.types import ShardingEnv2D
+from torchrec.distributed.types import ShardingEnv2D, ShardingStrategy
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import torchrec_freq
@@ -206,11 +206,12 @@ def test_kernels_that_are_refused(kernel: str) -> None:
 
 
 @on_ranks(1)
-def test_two_dimensional_parallelism_is_refused() -> None:
+def test_kernels_that_average_weights_within_a_step_are_refused() -> None:
     environment = ShardingEnv2D.__new__(ShardingEnv2D)  # its __init__ needs a GPU mesh
+    environment.sharding_strategy = ShardingStrategy.FULLY_SHARDED
     collection = make_collection(TABLES)
     apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR})
-    with pytest.raises(ValueError, match="2D parallelism"):
+    with pytest.raises(ValueError, match="FULLY_SHARDED"):
         ShardedEmbeddingBagCollection(collection, {}, environment)
 
 

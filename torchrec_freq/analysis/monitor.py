@@ -99,8 +99,7 @@ class TrainingMonitor:
         for name, (handle, table) in named_tables(self._model).items():
             if handle not in sums:
                 sums[handle] = self._sum(handle)
-            position = list(handle.tables).index(table.name)
-            *numbers_of_table, lr = sums[handle][position].tolist()
+            *numbers_of_table, lr = sums[handle][handle.positions[table.name]].tolist()
             bins, totals = numbers_of_table[: 2 * BINS], numbers_of_table[2 * BINS :]
             histogram = CountHistogram.of_bins(torch.tensor(bins, dtype=torch.float64).view(2, -1))
             values = _numbers(histogram, table.config, totals, lr)
@@ -112,11 +111,10 @@ class TrainingMonitor:
         handle.totals.settle()
         values = handle.totals.values
         sums_TX = values.new_zeros(len(handle.tables), 2 * BINS + TOTALS + 1)
-        positions = {name: index for index, name in enumerate(handle.tables)}
         for shard in handle.shards:
             if not shard.primary:
                 continue
-            sums_X = sums_TX[positions[shard.table]]
+            sums_X = sums_TX[handle.positions[shard.table]]
             counts_R = shard.tbe.settled_counts(shard.index)
             bins_2B = sample_bin_counts(counts_R, self._max_rows or counts_R.numel())
             sums_X[: 2 * BINS].add_(bins_2B.view(-1))

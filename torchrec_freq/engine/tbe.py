@@ -180,8 +180,8 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         return [[self.settled_counts(table)] for table in range(len(self.embedding_specs))]
 
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:
-        """Empty for each table, as of SGD: TorchRec takes the counts from elsewhere."""
-        return [{} for _ in self.embedding_specs]
+        """Empty: TorchRec takes the counts from elsewhere."""
+        return []
 
     def get_states(self, prefix: str) -> Any:
         """As FBGEMM's, of the weights."""

@@ -188,7 +188,8 @@ def _local_parts(value: Any) -> list[tuple[int, Tensor]]:
         local: Any = value.to_local()
         return [
             (offset[0], part)
-            for offset, part in zip(local.local_offsets(), local.local_shards(), strict=True)
+            # Where there is no shard it may name an offset all the same.
+            for offset, part in zip(local.local_offsets(), local.local_shards(), strict=False)
         ]
     return [(shard.metadata.shard_offsets[0], shard.tensor) for shard in value.local_shards()]
 

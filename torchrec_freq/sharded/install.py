@@ -10,7 +10,8 @@ What a new TorchRec version could move is named here, in :mod:`torchrec_freq.sha
   step of their totals, in the methods that every forward comes through;
 - ``KeyedOptimizer.load_state_dict`` says what to do about the state of another optimizer;
 - ``EmbeddingStorageEstimator`` counts the bytes of the counters in every plan;
-- ``ModelDeltaTrackerTrec`` does not take counts for momentum.
+- ``ModelDeltaTrackerTrec`` does not take counts for momentum;
+- ``DMPCollection.sync`` averages counts and totals over the sharding groups.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from torchrec.distributed.embedding_lookup import (
 )
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.planner import stats as planner_stats
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ShardingOption, Storage
+from torchrec.distributed.types import ShardingEnv2D
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_freq.config import FrequencyConfig
@@ -91,6 +94,7 @@ def install() -> None:
     _wrap_load_state_dict()
     _wrap_planner()
     _wrap_delta_tracker()
+    _wrap_sync()
     optimizers[FrequencySGD] = FrequencyConfig()
 
 
@@ -147,13 +151,17 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         ):
             refuse_index_dedup(tables)
         # nn.Module's own __setattr__ does not work before its __init__.
-        handle = FrequencyTables(tables, given["env"].process_group)
+        env = given["env"]
+        if isinstance(env, ShardingEnv2D):
+            handle = FrequencyTables(tables, env.sharding_pg, env.replica_pg)
+        else:
+            handle = FrequencyTables(tables, env.process_group)
         self.__dict__[_TABLES] = handle
         stock_init(self, *args, **kwargs)
         ModuleOptimizer.adopt(self._optim, handle)
         for lookup in self._lookups:
             if isinstance(lookup, DistributedDataParallel) and our_kernels([lookup]):
-                lookup.register_comm_hook(handle.process_group, average_and_apply)
+                lookup.register_comm_hook(env.process_group, average_and_apply)
 
     @functools.wraps(stock_lookups)
     def create_lookups(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -277,6 +285,33 @@ def _wrap_delta_tracker() -> None:
         stock(self, emb_module, kjt)
 
     ModelDeltaTrackerTrec.record_momentum = record_momentum
+
+
+def _wrap_sync() -> None:
+    """TorchRec's 2D parallelism averages what it takes for sums of squares: ours has none."""
+    stock_sync, stock_cache = DMPCollection.sync, DMPCollection._cache_sync_tensors
+
+    @functools.wraps(stock_cache)
+    def cache(self: Any, contexts: Any) -> None:
+        stock_cache(self, contexts)
+        for context in contexts:
+            for collection, table in context.hash_zch_modules:
+                if isinstance(collection._table_to_tbe_and_index[table][0], FrequencyTBE):
+                    raise ValueError(
+                        f"Table {table!r}: DMPCollection moves the rows of a hashed zero-collision "
+                        "table at its syncs, and would leave their counts behind. Use "
+                        "DistributedModelParallel, or another optimizer for this table."
+                    )
+
+    @functools.wraps(stock_sync)
+    def sync(self: Any, include_optimizer_state: bool = True) -> None:
+        stock_sync(self, include_optimizer_state)
+        if include_optimizer_state:
+            for _, handle in frequency_modules(self):
+                handle.average()
+
+    DMPCollection.sync = sync
+    DMPCollection._cache_sync_tensors = cache
 
 
 def is_ours(option: ShardingOption, sharder_data_map: Mapping[str, Any]) -> bool:

@@ -13,7 +13,11 @@ from typing import Any, Final
 
 import torchrec.distributed.utils as torchrec_utils
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.types import ParameterSharding, ShardingEnv2D, ShardingType
+from torchrec.distributed.types import (
+    ParameterSharding,
+    ShardingStrategy,
+    ShardingType,
+)
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_freq.config import (
@@ -186,11 +190,11 @@ def _resolve(parameter: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(name: str, sharding: ParameterSharding | None, env: Any, parameter: Any) -> None:
-    if isinstance(env, ShardingEnv2D):
+    strategy = getattr(env, "sharding_strategy", None)
+    if strategy == ShardingStrategy.FULLY_SHARDED:
         raise ValueError(
-            "FrequencySGD does not support 2D parallelism (DMPCollection): it averages the "
-            "optimizer state of its replicas, and counts must be summed. Use "
-            "DistributedModelParallel."
+            f"Table {name!r}: FrequencySGD does not run under {strategy}, whose kernels average "
+            "the weights within a step. Use ShardingStrategy.DEFAULT or PER_MODULE."
         )
     if sharding is None:
         raise ValueError(f"Table {name!r} has no place in the sharding plan: plan the model anew.")

@@ -66,16 +66,33 @@ class LocalShard:
 class FrequencyTables:
     """The tables of one sharded module that train with FrequencySGD, the same on every rank.
 
+    Under 2D parallelism every sharding group has them, and trains and counts by itself. At each
+    sync :meth:`average` makes of the groups' counts and totals their mean, as TorchRec does of the
+    weights.
+
+    Args:
+        process_group: the ranks over which the tables are sharded; None for one process.
+        replicas: the ranks that hold the same shards in each of the sharding groups, with 2D
+            parallelism; else None.
+
     Attributes:
         tables: by name, in the same order on every rank.
+        positions: number of each in that order.
         shards: those of this rank.
         totals: of the tables, summed over the ranks.
         moving: set while TorchRec moves shards, which must not find our state.
     """
 
-    def __init__(self, tables: Sequence[Table], process_group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        process_group: dist.ProcessGroup | None,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
         self.tables = {table.name: table for table in tables}
+        self.positions = {table.name: position for position, table in enumerate(tables)}
         self.process_group = process_group
+        self._replicas = replicas
         self.shards: list[LocalShard] = []
         self.moving = False
         self._unchecked = any(table.config.count == "frozen" for table in tables)
@@ -99,13 +116,12 @@ class FrequencyTables:
         """
         self.shards = list(shards)
         self._attach_totals(shards[0].tbe.counts.device if shards else device)
-        position = {name: index for index, name in enumerate(self.tables)}
         first = {shard.table: shard for shard in reversed(shards)}
         for tbe in {id(shard.tbe): shard.tbe for shard in shards}.values():
             mine = sorted((s for s in shards if s.tbe is tbe), key=lambda shard: shard.index)
             members = [
                 Membership(
-                    position[shard.table],
+                    self.positions[shard.table],
                     shard.columns / self.tables[shard.table].columns,
                     shard.primary,
                     first[shard.table] is shard,
@@ -134,21 +150,53 @@ class FrequencyTables:
         self.totals = TableTotals(list(self.tables.values()), device, group)
 
     def read(self, name: str) -> TableState:
-        """State of a whole table, the same on every rank. All ranks must call it."""
+        """State of a whole table, the same on every rank. All ranks must call it.
+
+        Of several sharding groups it is the mean, counts rounded up.
+        """
         self.totals.settle()
         counts_R = torch.zeros(self.tables[name].rows, dtype=torch.int64)
         totals = torch.zeros(TOTALS, dtype=torch.float64)
         age = torch.zeros(1, dtype=torch.int64)
         for shard in self._shards_of(name):
-            totals, age = self.table_totals(name).cpu(), self.age(name).clone()
+            totals = self.table_totals(name).to("cpu", copy=True)
+            age = self.age(name).clone()
             if shard.primary:
                 local_R = shard.tbe.settled_counts(shard.index).cpu()
                 counts_R[shard.row_offset : shard.row_offset + local_R.numel()] = local_R
         for chunk_R in counts_R.split(_CHUNK_ROWS):
             self.reduce(chunk_R, dist.ReduceOp.SUM)
+            if self._replicas is not None:
+                self._reduce(chunk_R, dist.ReduceOp.SUM, self._replicas)
+                chunk_R.copy_(_part(chunk_R, 0, self._replicas.size()))
         for numbers in (totals, age):
             self.reduce(numbers, dist.ReduceOp.MAX)
+        if self._replicas is not None:
+            self._reduce(totals, dist.ReduceOp.SUM, self._replicas)
+            totals /= self._replicas.size()
         return TableState(counts_R, totals, int(age))
+
+    @torch.no_grad()
+    def average(self) -> None:
+        r"""Makes of counts and totals the mean over the sharding groups. All ranks must call it.
+
+        Of the sum :math:`s` of a row's counts, group ``g`` of ``M`` keeps
+        :math:`\lfloor (s + M - 1 - g) / M \rfloor`: the mean, rounded so that all together are
+        :math:`s`. So a row that one group has seen once is not forgotten, and the first group,
+        which checkpoints save, has the mean rounded up. Device memory for it is bounded.
+        """
+        if self._replicas is None:
+            return
+        self.totals.settle()
+        group, groups = self._replicas.rank(), self._replicas.size()
+        values = self.totals.values
+        self._reduce(values, dist.ReduceOp.SUM, self._replicas)
+        values /= groups
+        for shard in self.shards:
+            for chunk_R in shard.tbe.counts_of(shard.index).split(_CHUNK_ROWS):
+                sums_R = chunk_R.to(torch.int64)
+                self._reduce(sums_R, dist.ReduceOp.SUM, self._replicas)
+                chunk_R.copy_(_part(sums_R, group, groups))
 
     def load(self, name: str, state: TableState) -> None:
         """Sets the state of a table: of its shards on this rank, and its totals."""
@@ -176,21 +224,22 @@ class FrequencyTables:
 
     def table_totals(self, name: str) -> Tensor:
         """float64 [4] view on the device: a row of ``TableTotals.values``."""
-        return self.totals.values[list(self.tables).index(name)]
+        return self.totals.values[self.positions[name]]
 
     def age(self, name: str) -> Tensor:
         """int64 [1] view on the CPU: steps since the table's counts were last halved."""
-        return self.totals.ages.narrow(0, list(self.tables).index(name), 1)
+        return self.totals.ages.narrow(0, self.positions[name], 1)
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """State of a table that has shards here, by key, as views.
 
         The counters are one tensor of all rows; the rest is equal on every rank.
         """
+        saves = self._replicas is None or self._replicas.rank() == 0
         counts = [
             RowShard(
                 shard.row_offset,
-                shard.primary,
+                shard.primary and saves,
                 shard.tbe.counts_of(shard.index),
                 partial(shard.tbe.settled_counts, shard.index),
             )
@@ -207,7 +256,16 @@ class FrequencyTables:
 
     def reduce(self, values: Tensor, operation: Any) -> None:
         """Over the ranks, in place, of a tensor on any device. All ranks must call it."""
-        if self.process_group is not None and self.process_group.size() > 1:
+        if self.process_group is not None:
+            self._reduce(values, operation, self.process_group)
+
+    def _reduce(self, values: Tensor, operation: Any, group: dist.ProcessGroup) -> None:
+        if group.size() > 1:
             reduced = values.to(self.totals.values.device)
-            dist.all_reduce(reduced, operation, group=self.process_group)
+            dist.all_reduce(reduced, operation, group=group)
             values.copy_(reduced)
+
+
+def _part(sums_R: Tensor, group: int, groups: int) -> Tensor:
+    """What one of several groups keeps of the sum of their counts."""
+    return (sums_R + (groups - 1 - group)).div_(groups, rounding_mode="floor")
