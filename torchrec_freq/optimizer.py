@@ -21,7 +21,7 @@ from torchrec_freq.config import (
     refuse_coherence,
 )
 from torchrec_freq.counts.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, check_state
-from torchrec_freq.engine.counters import counted
+from torchrec_freq.engine.counters import added, counted
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 from torchrec_freq.rule import entering_squares, row_multiplier
 
@@ -151,7 +151,7 @@ class FrequencySGD(torch.optim.Optimizer):
         if config.normalize is None:
             squares_U.zero_()
         entering_U = entering_squares(squares_U, occurrences_U, limit) * occurrences_U
-        sums = [entering_U.sum(), (after_U - before_U).sum(), occurrences_U.sum()]
+        sums = [entering_U.sum(), added(config.count, occurrences_U).sum(), occurrences_U.sum()]
         first = torch.zeros(1, dtype=torch.int64, device=param.device)
         totals.listen(lambda _, due: state[ROW_COUNTER].bitwise_right_shift_(len(due)))
         totals.add(first, *(value.view(1) for value in sums))

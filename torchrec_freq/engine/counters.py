@@ -40,6 +40,20 @@ def counted(mode: CountMode, before: Tensor, now: Tensor) -> Tensor:
     return now.clamp_(max=COUNT_CEILING)
 
 
+def added(mode: CountMode, occurrences: Tensor) -> Tensor:
+    """What a step adds to the sum of a table's counts, elementwise.
+
+    Also where a counter stays at ``COUNT_CEILING``: the shares of the other rows stay right.
+
+    Args:
+        mode: ``FrequencyConfig.count``.
+        occurrences: of the row in the step.
+    """
+    if mode == "samples":
+        return occurrences
+    return occurrences.clamp(max=1) if mode == "batches" else torch.zeros_like(occurrences)
+
+
 def halve_(counts_R: Tensor) -> None:
     """Halves counts in whole numbers, in place."""
     counts_R.bitwise_right_shift_(1)

@@ -11,6 +11,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.engine.counters import count_occurrences_, halve_
 from torchrec_freq.engine.lookups import Batch, Layout, Lookups
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
@@ -201,6 +202,8 @@ class CountingTBE:
             added_L = (self.counts.index_select(0, rows_L) - before_L).clamp_(max=1)
             added_L = (added_L - (loan.after_L - loan.before_L)).clamp_(min=0)
             self.counts.scatter_(0, rows_L, before_L + added_L)
+        counts_L = self.counts.index_select(0, rows_L)
+        self.counts.scatter_(0, rows_L, counts_L.clamp_(max=COUNT_CEILING))
 
     def _of_lookups(self, values_T: Tensor, lookups: Lookups) -> Tensor:
         """[lookups] of [tables of the totals]: that of each lookup's table."""

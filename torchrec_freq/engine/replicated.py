@@ -20,7 +20,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.engine.counters import count_occurrences_, counted
+from torchrec_freq.engine.counters import added, count_occurrences_, counted
 from torchrec_freq.engine.counting import CountingTBE
 from torchrec_freq.engine.lookups import Batch
 from torchrec_freq.rule import entering_squares, row_multiplier
@@ -117,7 +117,6 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
         config = self.frequency
         per_count_T, limit_T = self.totals.rates()
         after_R = counted(config.count, self._counts, self._counts + occurrences_R)
-        added_R = after_R - self._counts
         for table, (rows, dim) in enumerate(self.embedding_specs):
             position = self._members[table].position
             start = self.weights_physical_offsets[table]
@@ -133,10 +132,10 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             if config.normalize is None:
                 squares_R.zero_()
             entering_R = entering_squares(squares_R, k_R, limit_T.narrow(0, position, 1)) * k_R
-            sums = [entering_R.sum(), self._table(added_R, table).sum(), k_R.sum()]
+            sums = [entering_R.sum(), added(config.count, k_R).sum(), k_R.sum()]
             slot = self._slot_F.narrow(0, self.layout.feature_table_map.index(table), 1)
             self.totals.add(slot, *(total.view(1) for total in sums), replicated=True)
-        self._counts += added_R
+        self._counts += after_R - self._counts
 
 
 def average_and_apply(

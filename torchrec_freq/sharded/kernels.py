@@ -100,8 +100,8 @@ class ModuleOptimizer(CombinedOptimizer):
         return state
 
 
-class FrequencyEmbeddingBag(BatchedFusedEmbeddingBag):
-    """TorchRec's fused kernel for pooled tables, on our TBE."""
+class _Fused(FusedOptimizerModule):
+    """What the kernels of sharded tables add to TorchRec's fused ones."""
 
     def __init__(self, config: GroupedEmbeddingConfig, **kwargs: Any) -> None:
         stock, frequency = _split(config, fused=True)
@@ -110,14 +110,12 @@ class FrequencyEmbeddingBag(BatchedFusedEmbeddingBag):
         FrequencyFusedOptimizer.adopt(self._optim)
 
 
-class FrequencyEmbedding(BatchedFusedEmbedding):
-    """TorchRec's fused kernel for sequence tables, on our TBE."""
+class FrequencyEmbeddingBag(_Fused, BatchedFusedEmbeddingBag):
+    """TorchRec's kernel for pooled tables, on our TBE."""
 
-    def __init__(self, config: GroupedEmbeddingConfig, **kwargs: Any) -> None:
-        stock, frequency = _split(config, fused=True)
-        super().__init__(stock, **kwargs)
-        FrequencyTBE.adopt(self._emb_module, frequency)
-        FrequencyFusedOptimizer.adopt(self._optim)
+
+class FrequencyEmbedding(_Fused, BatchedFusedEmbedding):
+    """TorchRec's kernel for sequence tables, on our TBE."""
 
 
 class _Replicated(FusedOptimizerModule):
@@ -148,17 +146,11 @@ class ReplicatedEmbedding(_Replicated, BatchedDenseEmbedding):
     """TorchRec's kernel for data-parallel sequence tables, on our TBE."""
 
 
-_KERNEL_TYPES: Final = (
-    FrequencyEmbeddingBag,
-    FrequencyEmbedding,
-    ReplicatedEmbeddingBag,
-    ReplicatedEmbedding,
-)
-
-
 def our_kernels(lookups: list[nn.Module]) -> list[Any]:
     """Our kernels in a sharded module's lookups."""
-    return [m for lookup in lookups for m in lookup.modules() if isinstance(m, _KERNEL_TYPES)]
+    return [
+        m for lookup in lookups for m in lookup.modules() if isinstance(m, (_Fused, _Replicated))
+    ]
 
 
 def local_shards(lookups: list[nn.Module], rank: int) -> list[LocalShard]:
