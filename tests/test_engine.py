@@ -307,7 +307,7 @@ def test_counts_are_never_seen_as_floats() -> None:
     wanted = counts(tbe)
     for (state,), expected in zip(tbe.split_optimizer_states(), wanted, strict=True):
         assert state.dtype == torch.int32 and torch.equal(state.long(), expected)
-    assert tbe.get_optimizer_state() == [{}, {}, {}]
+    assert tbe.get_optimizer_state() == []
     weights = {tensor.data_ptr() for tensor in (tbe.weights_host, tbe.weights_dev)}
     for states in tbe.get_all_states():
         assert {state.data_ptr() for state in states[:3] if state.numel()} <= weights
