@@ -61,6 +61,43 @@ def test_a_bug_report_asks_for_the_doctor() -> None:
     assert doctor["validations"]["required"]
 
 
+def test_a_gpu_result_is_asked_for_whole() -> None:
+    fields = load(ROOT / ".github/ISSUE_TEMPLATE/gpu.yml")["body"]
+    required = [
+        f["attributes"]["label"] for f in fields if f.get("validations", {}).get("required")
+    ]
+    assert [re.findall(r"Markdown|JSON|`make gpu`", label) for label in required] == [
+        ["Markdown", "`make gpu`"],
+        ["JSON", "`make gpu`"],
+    ]
+
+
+def test_a_change_is_asked_for_its_proof() -> None:
+    lines = (ROOT / ".github/pull_request_template.md").read_text().splitlines()
+    assert len(lines) == 3 and "test that fails" in lines[1]
+    assert "`make study`" in lines[2] and "`make bench`" in lines[2]
+
+
+PAGES = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+INCLUDE = {"contributing.md", "index.md"}
+"""Pages that show a file of the root."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_begin_with_what_the_reader_can_do_after_it(page: Path) -> None:
+    if page.parent == ROOT or page.name not in INCLUDE:
+        title, first = page.read_text().split("\n\n")[:2]
+        assert title[:2] == "# " and first.startswith("After this page you "), first
+
+
+def test_architecture_names_every_room_and_files_that_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    assert set(re.findall(r"^\| `(\w+)/`", page, re.MULTILINE)) == {path.name for path in rooms}
+    named = re.findall(r"\w+\.py", page + (ROOT / "docs/dataflow.svg").read_text())
+    assert set(named) <= {path.name for path in PACKAGE.rglob("*.py")}
+
+
 # From the bottom: a room imports from itself and those below, and from nothing above.
 ROOMS = (
     ("_versions", "output"),
