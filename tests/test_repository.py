@@ -120,8 +120,8 @@ def floor(module: str) -> int:
     return found
 
 
-def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports, also within functions."""
+def names_imported(path: Path) -> set[str]:
+    """All that a file imports, also within functions, by its full name."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -129,8 +129,13 @@ def imports_of(path: Path) -> set[str]:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+    return names
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, named without it."""
     found = set()
-    for name in names:
+    for name in names_imported(path):
         root, _, inner = name.partition(".")
         if root == PACKAGE.name:
             parts = inner.split(".")
@@ -156,6 +161,14 @@ def test_no_import_runs_upward() -> None:
     for module, imported in modules().items():
         for other in imported:
             assert floor(other) <= floor(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("library, below", [("torchrec", "sharded"), ("fbgemm_gpu", "engine")])
+def test_rooms_below_know_nothing_of(library: str, below: str) -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0].removesuffix("__init__")
+        if floor(room) < floor(below):
+            assert library not in {name.split(".")[0] for name in names_imported(path)}, path
 
 
 def test_no_imports_run_in_a_circle() -> None:
