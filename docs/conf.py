@@ -41,6 +41,8 @@ html_title = f"torchrec_freq {version}"
 
 PAGES = Path(__file__).parent
 README = PAGES.parent / "README.md"
+# Files of the repository that are pages here.
+PAGE_OF = {README: "index.md", README.with_name("CONTRIBUTING.md"): "contributing.md"}
 
 
 def adapt_links(app: Sphinx, page: str, source: list[str]) -> None:
@@ -57,7 +59,7 @@ def adapt_links(app: Sphinx, page: str, source: list[str]) -> None:
         file = (folder / name).resolve()
         if not file.is_file():
             return match[0]
-        target = "index.md" if file == README else os.path.relpath(file, PAGES)
+        target = PAGE_OF.get(file) or os.path.relpath(file, PAGES)
         download = "path:" if target.startswith("..") and not image else ""
         return f"{image}]({download}{target}{heading})"
 

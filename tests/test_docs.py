@@ -46,14 +46,14 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES_WITH_EXAMPLES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "torchrec_freq").rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-MADE_BY_SPHINX = {"{eval-rst}", "{toctree}"}
+MADE_BY_SPHINX = {"{eval-rst}", "{include} ../CONTRIBUTING.md", "{toctree}"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def pip_requirements(command: str) -> None:
             assert version == pins[name]
         elif extra := re.fullmatch(r"\.\[(\w+)\]", requirement):
             assert extra[1] in PROJECT["optional-dependencies"]
-        else:
+        elif requirement != "dist/*.whl":  # which make wheel makes
             require(ROOT / requirement / ("setup.py" if ".ci" in requirement else "pyproject.toml"))
 
 
@@ -174,7 +174,7 @@ def sbatch(command: str) -> None:
 
 
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
-    r"make (setup|demo|study|study-full|bench|test|test-next|docs)\b.*": (
+    r"make (setup|demo|study|study-full|bench|test|test-next|docs|wheel)\b.*": (
         "takes minutes, and a package index or data from the network",
         make_target,
     ),

@@ -1,11 +1,13 @@
-"""The built wheel: everything is in it, its version has one source, its requirements are those that
-the version check accepts, and it works where the repository is not."""
+"""The sdist, and the wheel built from it: everything is in them, the version has one source, the
+requirements are those that the version check accepts, and the wheel works where the repository is
+not."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -26,29 +28,28 @@ else:
 ROOT = Path(__file__).parents[1]
 
 
-def build_wheel(folder: Path, version: str | None = None) -> zipfile.ZipFile:
-    """Build the wheel from a copy of the sources, optionally under another version."""
+def build(folder: Path, version: str | None = None) -> tuple[tarfile.TarFile, zipfile.ZipFile]:
+    """The sdist of a copy of the repository without git, and the wheel made from that sdist alone.
+
+    Args:
+        folder: where to.
+        version: another one than the repository's.
+    """
     source = folder / "source"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "torchrec_freq", source / "torchrec_freq", ignore=ignore)
-    # Folders that must stay out of the wheel.
-    for name in ("tests", "examples"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    lines = (ROOT / ".gitignore").read_text().splitlines()
+    ignored = [Path(line).name for line in lines if line and line[0] != "#"]
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", *ignored))
     if version is not None:
         path = source / "torchrec_freq" / "_versions.py"
         path.write_text(path.read_text().replace(__version__, version))
+    command = "-m build --no-isolation --outdir . source"
     result = subprocess.run(
-        [sys.executable, "-c", "import setuptools.build_meta as b; b.build_wheel('..')"],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, *command.split()], cwd=folder, capture_output=True, text=True, timeout=120
     )
-    assert result.returncode == 0, result.stderr
-    (wheel,) = folder.glob("*.whl")
-    return zipfile.ZipFile(wheel)
+    assert result.returncode == 0, result.stdout + result.stderr
+    shutil.rmtree(source)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return tarfile.open(sdist), zipfile.ZipFile(wheel)
 
 
 def metadata(wheel: zipfile.ZipFile) -> Message:
@@ -58,18 +59,39 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+def built(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[tarfile.TarFile, zipfile.ZipFile]:
+    return build(tmp_path_factory.mktemp("built"))
 
 
-def test_wheel_contains_modules_their_data_and_the_typing_marker_and_no_more(
-    wheel: zipfile.ZipFile,
-) -> None:
+@pytest.fixture(scope="module")
+def sdist(built: tuple[tarfile.TarFile, zipfile.ZipFile]) -> tarfile.TarFile:
+    return built[0]
+
+
+@pytest.fixture(scope="module")
+def wheel(built: tuple[tarfile.TarFile, zipfile.ZipFile]) -> zipfile.ZipFile:
+    return built[1]
+
+
+def package_files() -> set[str]:
+    """Modules, their data, and the typing marker."""
     package = ROOT / "torchrec_freq"
-    files = [*package.rglob("*.py"), package / "py.typed"]
-    files += [*package.rglob("*.toml"), *package.rglob("*.html")]
+    files = [file for kind in ("*.py", "*.toml", "*.html") for file in package.rglob(kind)]
+    return {str(path.relative_to(ROOT)) for path in (*files, package / "py.typed")}
+
+
+def test_sdist_contains_the_package_and_its_papers_and_no_more(sdist: tarfile.TarFile) -> None:
+    names = {str(Path(*Path(m.name).parts[1:])) for m in sdist.getmembers() if m.isfile()}
+    generated = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    papers = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"}
+    assert names - generated == package_files() | papers | {"MANIFEST.in", "pyproject.toml"}
+
+
+def test_wheel_contains_the_package_and_no_more(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == {str(path.relative_to(ROOT)) for path in files}
+    assert packed == package_files()
 
 
 def test_wheel_carries_the_licence(wheel: zipfile.ZipFile) -> None:
@@ -79,7 +101,7 @@ def test_wheel_carries_the_licence(wheel: zipfile.ZipFile) -> None:
 
 def test_version_has_one_source(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     assert metadata(wheel)["Version"] == torchrec_freq.__version__ == __version__
-    assert metadata(build_wheel(tmp_path, "9.8.7"))["Version"] == "9.8.7"
+    assert metadata(build(tmp_path, "9.8.7")[1])["Version"] == "9.8.7"
 
 
 def test_requirements_are_the_range_of_supported_versions(wheel: zipfile.ZipFile) -> None:

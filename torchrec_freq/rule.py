@@ -44,7 +44,12 @@ SQUARE_LIMIT: Final = 1000.0
 
 
 def squares_per_count(squares: Tensor, counts: Tensor) -> Tensor:
-    r""":math:`G_t / C_t`, elementwise, in the type of ``squares``; 0 where ``counts`` is 0."""
+    r""":math:`G_t / C_t`, elementwise, in the type of ``squares``; 0 where ``counts`` is 0.
+
+    Args:
+        squares: [...] :math:`G_t`, at least 0.
+        counts: [...] :math:`C_t`, at least 0.
+    """
     return (squares / counts).nan_to_num_(nan=0.0, posinf=0.0)
 
 

@@ -53,7 +53,13 @@ def cache_statistics(
 
 
 class MeasuredCacheStatistics(CacheStatistics):
-    """Result of :func:`cache_statistics`."""
+    """Result of :func:`cache_statistics`.
+
+    Args:
+        histogram: of the table's counts.
+        batch_lookups: lookups of the table in a global batch, above 0.
+        policy: ``"lru"`` or ``"lfu"``.
+    """
 
     def __init__(self, histogram: CountHistogram, batch_lookups: float, policy: Policy) -> None:
         self._histogram = histogram
@@ -73,7 +79,11 @@ class MeasuredCacheStatistics(CacheStatistics):
         return self._expected_lookups
 
     def expected_miss_rate(self, clf: float) -> float:
-        """Share of the distinct rows of a batch that miss a cache of ``clf`` of the rows."""
+        """Share of the distinct rows of a batch, 0 to 1, that a cache misses.
+
+        Args:
+            clf: the cache's part of the table's rows; below 0 taken for 0, above 1 for 1.
+        """
         if clf <= 0 and self._expected_lookups > 0:
             return 1.0
         rows = min(clf, 1.0) * self._histogram.rows

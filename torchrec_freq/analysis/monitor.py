@@ -84,7 +84,11 @@ class TrainingMonitor:
         self._max_rows = max_rows
 
     def step(self, step: int) -> None:
-        """Writes the numbers if ``step`` is divisible by ``every``. All ranks must call it."""
+        """Writes the numbers if ``step`` is divisible by ``every``. All ranks must call it.
+
+        Args:
+            step: number of the step, from 0, as the writer is to show it.
+        """
         if step % self._every:
             return
         numbers = self.read()

@@ -25,9 +25,15 @@ def learning_rates(
     The row's own square is taken to be the mean of an occurrence, ``s ** 2``.
 
     Args:
+        config: of the table.
+        counts: of the rows, at least 0.
         totals: [4] of the table, see :mod:`torchrec_freq.counts.state`; None where they are not
             known: the rates are then multiples of ``1 / s``. Not used where the table is not
             normalized.
+        lr: learning rate of the table, at least 0.
+
+    Returns:
+        A rate for each count, at least 0.
     """
     _, squares, sum_of_counts, occurrences = totals or (0, 1.0, 1.0, 1.0)
     multipliers = row_multiplier(

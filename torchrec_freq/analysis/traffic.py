@@ -73,6 +73,10 @@ def sample_bin_counts(counts_R: Tensor, max_rows: int) -> Tensor:
     share of the lookups at most :math:`\sqrt R / m` (each row left out has at most ``1/m`` of
     them, and stands for ``R/m`` rows). The number of rows is exact, that of lookups has that error.
 
+    Args:
+        counts_R: [rows] as for :func:`bin_counts`.
+        max_rows: ``m``, at least 1.
+
     Returns:
         float64 [2, BINS].
     """
@@ -138,7 +142,7 @@ class CountHistogram:
 
     @classmethod
     def of_bins(cls, sums_2B: Tensor) -> CountHistogram:
-        """From :func:`bin_counts`, perhaps of several parts added up; without empty bins."""
+        """From :func:`bin_counts`, [2, BINS], perhaps of parts added up; without empty bins."""
         rows_B, lookups_B = sums_2B.to("cpu", torch.float64).numpy()
         return cls(rows_B[rows_B > 0], lookups_B[rows_B > 0])
 
@@ -146,6 +150,9 @@ class CountHistogram:
         """The least count that at least ``share`` of the rows that were seen do not exceed.
 
         Exact below 128, and above within 1.6%: the mean of its bin. 0 where no row was seen.
+
+        Args:
+            share: 0 to 1.
         """
         seen_B = self.lookups_B > 0
         if not seen_B.any():
@@ -157,7 +164,11 @@ class CountHistogram:
         return float(self.lookups_B[seen_B][bin_] / rows_B[bin_])
 
     def top_share(self, rows: float) -> float:
-        """Share of the lookups that go to the ``rows`` most frequent rows; 0 without lookups."""
+        """Share of the lookups that go to the most frequent rows; 0 without lookups.
+
+        Args:
+            rows: how many of them, from 0; a part of a row has its part of the lookups.
+        """
         if self.lookups == 0:
             return 0.0
         rows_B, lookups_B = np.cumsum(self.rows_B[::-1]), np.cumsum(self.lookups_B[::-1])
@@ -182,6 +193,9 @@ class CountHistogram:
         lengths of the log of the rank, as the eye sees it in the plot. Rarer rows are left out: the
         order in which chance puts them bends the line down.
 
+        Args:
+            min_count: lookups of the rarest row of the fit.
+
         Returns:
             None for fewer than 10 such rows, or where all have about the same count.
         """
@@ -195,7 +209,11 @@ class CountHistogram:
         return ZipfFit(float(-slope), float(np.exp(y - slope * x)), float(last_B[-1]))
 
     def expected_distinct(self, lookups: float) -> float:
-        r"""Distinct rows among ``lookups`` lookups, :math:`\sum_i 1 - (1 - p_i)^N`."""
+        r"""Distinct rows of a batch, :math:`\sum_i 1 - (1 - p_i)^N`.
+
+        Args:
+            lookups: lookups of the batch, :math:`N`, from 0.
+        """
         return float(self.rows_B @ self._seen(lookups))
 
     def miss_rate(self, cached_rows: float, lookups: float, policy: Policy = "lru") -> float:
@@ -316,8 +334,8 @@ class TableTraffic:
         """The traffic of some rows of a table.
 
         Args:
-            counts_R: whole numbers from 0 to ``torchrec_freq.COUNT_CEILING``, of any dtype, on any
-                device; read in chunks.
+            counts_R: [rows] whole numbers from 0 to ``torchrec_freq.COUNT_CEILING``, of any dtype,
+                on any device; read in chunks.
             first: number of the first of these rows.
             rows: rows of the whole table; None if these are all.
             table: its name, for errors.
@@ -362,10 +380,14 @@ class TableTraffic:
         return CountHistogram.of_bins(torch.from_numpy(np.stack((self.rows_B, self.lookups_B))))
 
     def share(self, first: int, last: int) -> float:
-        """Share of the table's lookups that go to the rows ``first`` to ``last - 1``.
+        """Share of the table's lookups that go to some neighbouring rows.
 
         Exact for tables of up to ``BLOCKS`` rows. In a larger one, a block that a shard cuts is
         taken to have equally many lookups in each of its rows.
+
+        Args:
+            first: number of the first of them, from 0.
+            last: number of the row after the last one, up to the table's rows.
 
         Returns:
             0 to 1. For a table without lookups, the share of the rows.
@@ -386,5 +408,5 @@ def _block_rows(rows: int) -> int:
 
 
 def traffic_of(table: str, counts: Tensor | TableTraffic) -> TableTraffic:
-    """``counts`` summarized, unless they are already."""
+    """Counts, [rows] whole numbers, summarized, unless they are already."""
     return counts if isinstance(counts, TableTraffic) else TableTraffic.of(counts, table=table)

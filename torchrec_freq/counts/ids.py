@@ -29,7 +29,7 @@ def count_ids(
     [1, 0, 2, 0]
 
     Args:
-        batches: table name -> ids of any shape and whole-number dtype. Tables may be missing in a
+        batches: table name -> [...] ids of any whole-number dtype. Tables may be missing in a
             batch; only one batch is held at a time.
         rows: number of rows of each table, at least 1.
         modulo: takes ids modulo the table's rows (never negative), as TorchRec's Criteo reader
