@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
             for first, counts_R in table.blocks():
                 traffic += TableTraffic.of(counts_R, first, table.rows, table=table.name)
                 bar.update(len(counts_R))
-            table = table.counted(traffic.histogram.lookups)
+            table = table.counted(traffic.histogram.lookups, traffic.histogram.rows_seen)
             reports.append(describe(table, traffic, source, settings))
             if page is not None:
                 plots.append(page.plot(reports[-1], table, traffic.histogram, settings))
