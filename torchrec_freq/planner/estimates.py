@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -153,22 +154,13 @@ class _ByShare:
         return 1 / self._share if self._share else float("inf")
 
 
-class _RowWise(_ByShare, RowWiseEvaluator):
-    pass
-
-
-class _TableRowWise(_ByShare, TableRowWiseEvaluator):
-    pass
-
-
-class _GridShard(_ByShare, GridShardEvaluator):
-    pass
-
-
 _BY_SHARE: Final[Mapping[str, type[Any]]] = {
-    ShardingType.ROW_WISE.value: _RowWise,
-    ShardingType.TABLE_ROW_WISE.value: _TableRowWise,
-    ShardingType.GRID_SHARD.value: _GridShard,
+    kind.value: type(evaluator.__name__, (_ByShare, evaluator), {})
+    for kind, evaluator in (
+        (ShardingType.ROW_WISE, RowWiseEvaluator),
+        (ShardingType.TABLE_ROW_WISE, TableRowWiseEvaluator),
+        (ShardingType.GRID_SHARD, GridShardEvaluator),
+    )
 }
 
 
@@ -182,11 +174,10 @@ class FrequencyStats(EmbeddingStats):
         """Logs the report, as ``EmbeddingStats`` does."""
         data = getattr(kwargs.get("enumerator"), "_sharder_data_map", {})
         ours = [option for option in best_plan if is_ours(option, data)]
-        self._counter_bytes: dict[str, int] = {}
+        self._counter_bytes: Counter[str] = Counter()
         for option in ours:
-            bytes_ = COUNTER_BYTES * sum(shard.size[0] for shard in option.shards)
-            kernel = option.compute_kernel
-            self._counter_bytes[kernel] = self._counter_bytes.get(kernel, 0) + bytes_
+            rows = sum(shard.size[0] for shard in option.shards)
+            self._counter_bytes[option.compute_kernel] += COUNTER_BYTES * rows
         with without_optimizer({id(o.tensor): o.tensor for o in ours}.values()):
             super().log(*args, best_plan=best_plan, **kwargs)
 

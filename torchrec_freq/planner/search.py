@@ -29,11 +29,8 @@ OPTIMIZERS: Final[Mapping[str, type[torch.optim.Optimizer]]] = {
     "Adam": torch.optim.Adam,
 }
 
-
-HBM_KERNELS: Final = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
-
-
-CACHED: Final = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
+_HBM_KERNELS: Final = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
+_CACHED: Final = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +75,9 @@ def plan(
         The plan in HBM; if there is none, the one with cached tables in host memory.
     """
     search = _Search(spec, optimizer, counts, timeout_seconds)
-    if search.run(spec.constraints(HBM_KERNELS)):
+    if search.run(spec.constraints(_HBM_KERNELS)):
         return search.result("in HBM")
-    if not search.run(spec.constraints([*HBM_KERNELS, CACHED])):
+    if not search.run(spec.constraints([*_HBM_KERNELS, _CACHED])):
         return Result(optimizer=optimizer, fits="no", seconds=search.seconds)
     if counts is not None:
         # TorchRec divides the memory for caches over tables of which all else is settled.
@@ -159,7 +156,7 @@ class _Search(FrequencyStats):
             load_factors={
                 option.name: option.cache_load_factor or UVM_CACHING_RATIO
                 for option in self.options
-                if option.compute_kernel == CACHED
+                if option.compute_kernel == _CACHED
             },
             imbalance=self._imbalance(),
             seconds=self.seconds,
