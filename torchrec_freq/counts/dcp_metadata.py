@@ -105,14 +105,13 @@ def _check(found: Metadata) -> None:
     _expect(isinstance(found, Metadata), found)
     for key, stored in found.state_dict_metadata.items():
         _expect(isinstance(key, str), key)
-        if isinstance(stored, BytesStorageMetadata):
-            continue
-        _expect(isinstance(stored, TensorStorageMetadata), stored)
-        _expect(isinstance(stored.properties.dtype, torch.dtype), stored.properties)
-        _expect(_is_size(stored.size) and isinstance(stored.chunks, list), stored)
-        for chunk in stored.chunks:
-            sizes, offsets = chunk.sizes, chunk.offsets
-            _expect(_is_size(sizes) and _is_size(offsets) and len(sizes) == len(offsets), chunk)
+        if not isinstance(stored, BytesStorageMetadata):
+            _expect(isinstance(stored, TensorStorageMetadata), stored)
+            _expect(isinstance(stored.properties.dtype, torch.dtype), stored.properties)
+            _expect(isinstance(stored.chunks, list), stored)
+            sizes = [size for c in stored.chunks for size in (c.sizes, c.offsets)]
+            _expect(all(map(_is_size, [stored.size, *sizes])), stored)
+            _expect(all(len(c.sizes) == len(c.offsets) for c in stored.chunks), stored)
     for index, info in found.storage_data.items():
         _expect(isinstance(index, MetadataIndex) and isinstance(index.fqn, str), index)
         name = info.relative_path
