@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -146,15 +147,11 @@ def _imbalance(traffic: TableTraffic, shards: int) -> float:
 
 
 def _cache(statistics: MeasuredCacheStatistics, rows: int, settings: Settings) -> Cache:
-    low, high = 0, rows  # the miss rate falls with the size
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if statistics.expected_miss_rate(middle / rows) <= settings.miss_rate:
-            high = middle
-        else:
-            low = middle
+    def suffices(cached_rows: int) -> bool:  # the miss rate falls with the size
+        return statistics.expected_miss_rate(cached_rows / rows) <= settings.miss_rate
+
     return Cache(
         miss_rates={f"{x:g}": statistics.expected_miss_rate(x) for x in LOAD_FACTORS},
         cacheability=statistics.cacheability,
-        load_factor=high / rows,
+        load_factor=(1 + bisect_left(range(1, rows), True, key=suffices)) / rows,
     )

@@ -157,8 +157,7 @@ def _backend(device: torch.device) -> Finding:
 
 def _self_tests(device: torch.device, versions: _versions.Found) -> Iterator[Finding]:
     """Trains under each sharding type and kernel, compared with the rule in plain torch."""
-    fused = EmbeddingComputeKernel.FUSED
-    cases = [(name, name, fused) for name in _SHARDING]
+    cases = [(name, name, EmbeddingComputeKernel.FUSED) for name in _SHARDING]
     if device.type == "cuda":
         cases += [(f"table-wise, {k.value}", "table-wise", k) for k in _CUDA_KERNELS]
     works, fails = [], []
@@ -201,12 +200,9 @@ def _train(
     parameter: ParameterSharding = plan["t"]
     if parameter.compute_kernel == EmbeddingComputeKernel.FUSED.value:
         parameter.compute_kernel = kernel.value
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
     model = DistributedModelParallel(
-        collection,
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
-        device=device,
-        plan=ShardingPlan(plan={"": plan}),
-        sharders=[sharder],
+        collection, env=env, device=device, plan=ShardingPlan(plan={"": plan}), sharders=[sharder]
     )
     before_RD = _whole(model)
     ids_SL = torch.randint(_ROWS, (_STEPS, _SAMPLES * _IDS)).square() // _ROWS  # skewed

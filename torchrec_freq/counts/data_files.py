@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +16,14 @@ BLOCK_IDS: Final = 1 << 18
 """Ids read at once, over all columns. A block of lists holds as many on average."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Consecutive samples of a file, and the ids in each of the columns."""
 
     samples: int
     ids: dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class DataFile:
+class DataFile(NamedTuple):
     """A file whose header has been checked.
 
     Attributes:
@@ -169,4 +166,5 @@ def _block_samples(metadata: Any, columns: Sequence[str]) -> int:
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     chunks = (group.column(index) for group in groups for index in range(group.num_columns))
     ids = sum(c.num_values for c in chunks if c.path_in_schema.split(".")[0] in columns)
-    return max(BLOCK_IDS * int(metadata.num_rows) // max(ids, 1), 1)
+    samples: int = BLOCK_IDS * metadata.num_rows // max(ids, 1)
+    return max(samples, 1)

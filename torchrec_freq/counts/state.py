@@ -117,10 +117,8 @@ def table_names(stems: Sequence[str]) -> list[str]:
     forms = []
     for stem in stems:
         match = _SHARDED.fullmatch(stem)
-        table = match["table"] if match else stem
-        forms.append(
-            (table, f"{match['path']}.{table}" if match and match["path"] else table, stem)
-        )
+        path, table = (match["path"], match["table"]) if match else (None, stem)
+        forms.append((table, f"{path}.{table}" if path else table, stem))
     uses = [Counter(level) for level in zip(*forms, strict=True)]
     return [next(f for f, use in zip(form, uses, strict=True) if use[f] == 1) for form in forms]
 
@@ -150,20 +148,17 @@ def check_state(table: str, states: Mapping[str, Any], rows: int) -> None:
             "Load the model's weights and the row counters alone, and give these to "
             "torchrec_freq.load_row_counts(model, counts); docs/checkpoints.md shows how."
         )
-    totals, age = states[TABLE_TOTALS], int(states[ROW_COUNTER_AGE])
+    counts, totals = states[ROW_COUNTER], states[TABLE_TOTALS]
+    numbers, age = f"{TABLE_TOTALS} are {totals.tolist()}", int(states[ROW_COUNTER_AGE])
     wrong = None
     if tuple(totals.shape) != (TOTALS,) or float(totals[0]) != STATE_FORMAT:
-        wrong = (
-            f"its {TABLE_TOTALS}, {totals.tolist()}, are not of format {STATE_FORMAT}: damaged, or "
-            "of a later torchrec_freq, to which to upgrade"
-        )
+        wrong = f"{numbers}, not of format {STATE_FORMAT}: damaged, or of a later torchrec_freq"
     elif not are_totals(totals):
-        wrong = f"its {TABLE_TOTALS} must be finite and at least 0; got {totals.tolist()}"
+        wrong = f"{numbers}; they must be finite and at least 0"
     elif age < 0:
-        wrong = f"its {ROW_COUNTER_AGE} must be at least 0; got {age}"
+        wrong = f"{ROW_COUNTER_AGE} is {age}; it must be at least 0"
     if wrong:
         raise ValueError(f"The optimizer state of {table!r} cannot be used: {wrong}. {advice}")
-    counts = states[ROW_COUNTER]
     if tuple(counts.shape) != (rows,):
         raise ValueError(
             f"Table {table!r} has {rows} rows; got row counters of shape {list(counts.shape)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -77,18 +78,14 @@ def make_planner(
     batch_size = batch_size or BATCH_SIZE
     traffic = {name: traffic_of(name, values) for name, values in (counts or {}).items()}
     known = _with_statistics(dict(constraints or {}), traffic, topology, batch_size)
+    estimators = [
+        FrequencyPerfEstimator(topology, known, traffic=traffic),
+        EmbeddingStorageEstimator(topology, known),
+    ]
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
-        enumerator=EmbeddingEnumerator(
-            topology,
-            batch_size,
-            known,
-            estimator=[
-                FrequencyPerfEstimator(topology, known, traffic=traffic),
-                EmbeddingStorageEstimator(topology, known),
-            ],
-        ),
+        enumerator=EmbeddingEnumerator(topology, batch_size, known, estimator=estimators),
         constraints=known,
         **{"stats": FrequencyStats(), **kwargs},
     )
@@ -243,18 +240,12 @@ def _with_statistics(
     for name, table in traffic.items():
         own = constraints.get(name) or ParameterConstraints()
         inputs = len(own.pooling_factors)
-        lookups = topology.world_size * sum(
-            ids * poolings * samples
-            for ids, poolings, samples in zip(
-                own.pooling_factors,
-                own.num_poolings or [NUM_POOLINGS] * inputs,
-                own.batch_sizes or [batch_size] * inputs,
-                strict=True,
-            )
-        )
+        poolings = own.num_poolings or [NUM_POOLINGS] * inputs
+        samples = own.batch_sizes or [batch_size] * inputs
+        lookups = sum(map(math.prod, zip(own.pooling_factors, poolings, samples, strict=True)))
         cache = copy.copy(own.cache_params) or CacheParams(load_factor=UVM_CACHING_RATIO)
         if cache.stats is None:
             algorithm = cache.algorithm or CacheAlgorithm.LRU
-            cache.stats = cache_statistics(table, lookups, algorithm)
+            cache.stats = cache_statistics(table, topology.world_size * lookups, algorithm)
         constraints[name] = dataclasses.replace(own, cache_params=cache)
     return constraints

@@ -140,12 +140,15 @@ class _Search(FrequencyStats):
     def result(self, fits: str) -> Result:
         """Figures of the last plan."""
         ranks = self._spec.cluster.ranks
-        hbm, ddr, step = [0] * ranks, [0] * ranks, [0.0] * ranks
-        for option in self.options:
-            for shard in option.shards:
-                hbm[shard.rank] += shard.storage.hbm
-                ddr[shard.rank] += shard.storage.ddr
-                step[shard.rank] += shard.perf.total
+        hbm, ddr, step, read = [0] * ranks, [0] * ranks, [0.0] * ranks, [0.0] * ranks
+        for shard in (shard for option in self.options for shard in option.shards):
+            hbm[shard.rank] += shard.storage.hbm
+            ddr[shard.rank] += shard.storage.ddr
+            step[shard.rank] += shard.perf.total
+        if self._counts is not None:
+            ids = {table.name: sum(table.pooling_factors) for table in self._spec.tables}
+            for load in shard_loads(self.plan, self._counts):
+                read[load.rank] += ids[load.table] * load.share * load.columns
         return Result(
             optimizer=self._optimizer,
             fits=fits,
@@ -158,15 +161,6 @@ class _Search(FrequencyStats):
                 for option in self.options
                 if option.compute_kernel == _CACHED
             },
-            imbalance=self._imbalance(),
+            imbalance=max(read) * ranks / sum(read) if sum(read) else None,
             seconds=self.seconds,
         )
-
-    def _imbalance(self) -> float | None:
-        if self._counts is None:
-            return None
-        ids = {table.name: sum(table.pooling_factors) for table in self._spec.tables}
-        read = [0.0] * self._spec.cluster.ranks
-        for load in shard_loads(self.plan, self._counts):
-            read[load.rank] += ids[load.table] * load.share * load.columns
-        return max(read) * len(read) / sum(read) if sum(read) else None
