@@ -52,12 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Counts the data set that the command line names, and writes the file.
-
-    Raises:
-        ValueError: wrong arguments or data; the message names the file. Nothing is written.
-        OSError: a file cannot be read or written.
-    """
+    """Counts the data set that the command line names, and writes the file."""
     output: Path = arguments.output
     check_output(output)
     # A bad file is found here, not after hours of counting.

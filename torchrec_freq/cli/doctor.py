@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed import sharding_plan
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel as Kernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ParameterSharding, ShardedTensor, ShardingEnv, ShardingPlan
@@ -54,10 +54,7 @@ _SHARDING: Final[dict[str, Callable[[], Any]]] = {
     "grid": lambda: sharding_plan.grid_shard(host_indexes=[0, 0]),
     "data-parallel": sharding_plan.data_parallel,
 }
-_CUDA_KERNELS: Final = (
-    EmbeddingComputeKernel.FUSED_UVM,
-    EmbeddingComputeKernel.FUSED_UVM_CACHING,
-)
+_CUDA_KERNELS: Final = (Kernel.FUSED_UVM, Kernel.FUSED_UVM_CACHING)
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ def _backend(device: torch.device) -> Finding:
 
 def _self_tests(device: torch.device, versions: _versions.Found) -> Iterator[Finding]:
     """Trains under each sharding type and kernel, compared with the rule in plain torch."""
-    cases = [(name, name, EmbeddingComputeKernel.FUSED) for name in _SHARDING]
+    cases = [(name, name, Kernel.FUSED) for name in _SHARDING]
     if device.type == "cuda":
         cases += [(f"table-wise, {k.value}", "table-wise", k) for k in _CUDA_KERNELS]
     works, fails = [], []
@@ -183,9 +180,7 @@ def _self_tests(device: torch.device, versions: _versions.Found) -> Iterator[Fin
         yield Finding("ok", "kernels", f"fused; {kernels} need a GPU and are not tested")
 
 
-def _train(
-    device: torch.device, sharding: Callable[[], Any], kernel: EmbeddingComputeKernel
-) -> str | None:
+def _train(device: torch.device, sharding: Callable[[], Any], kernel: Kernel) -> str | None:
     """Trains some steps; returns how the result differs from the reference, or None."""
     torch.manual_seed(0)
     table = EmbeddingBagConfig(
@@ -198,7 +193,7 @@ def _train(
         collection, {"t": sharding()}, sharder=sharder, device_type=device.type
     )
     parameter: ParameterSharding = plan["t"]
-    if parameter.compute_kernel == EmbeddingComputeKernel.FUSED.value:
+    if parameter.compute_kernel == Kernel.FUSED.value:
         parameter.compute_kernel = kernel.value
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     model = DistributedModelParallel(
@@ -232,7 +227,7 @@ def _whole(model: torch.nn.Module) -> Tensor:
         return whole_RD.copy_(value)
     for shard in value.local_shards():
         (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-        whole_RD[row : row + rows, column : column + columns] = shard.tensor
+        whole_RD[row : row + rows, column : column + columns].copy_(shard.tensor)
     return whole_RD
 
 

@@ -38,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts the sums of the checkpoint that the command line names.
-
-    Raises:
-        ValueError: wrong arguments, or a checkpoint without such sums, or with damaged ones; the
-            message names the table. Nothing is written.
-        OSError: a file cannot be read or written.
-    """
+    """Converts the sums of the checkpoint that the command line names."""
     output: Path = arguments.output
     check_output(output)
     stored = open_sums(arguments.checkpoint)

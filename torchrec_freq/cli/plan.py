@@ -53,12 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plans what the command line says, and prints a table.
-
-    Raises:
-        ValueError: a wrong spec or file of counts.
-        OSError: a file cannot be read or written.
-    """
+    """Plans what the command line says, and prints a table."""
     spec = read_spec(
         arguments.spec,
         ranks=arguments.ranks,

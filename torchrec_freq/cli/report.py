@@ -53,12 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads the counts that the command line names, prints tables, and writes the page.
-
-    Raises:
-        ValueError: a file without counts, wrong arguments, or a missing extra.
-        OSError: a file cannot be read or written.
-    """
+    """Reads the counts that the command line names, prints tables, and writes the page."""
     output: Path | None = arguments.output
     page: Any = None if output is None else _page()  # before an hour of reading
     config = FrequencyConfig(

@@ -152,7 +152,7 @@ def check_state(table: str, states: Mapping[str, Any], rows: int) -> None:
     numbers, age = f"{TABLE_TOTALS} are {totals.tolist()}", int(states[ROW_COUNTER_AGE])
     wrong = None
     if tuple(totals.shape) != (TOTALS,) or float(totals[0]) != STATE_FORMAT:
-        wrong = f"{numbers}, not of format {STATE_FORMAT}: damaged, or of a later torchrec_freq"
+        wrong = f"{numbers}, not of format {STATE_FORMAT}: damaged, or of a later version (upgrade)"
     elif not are_totals(totals):
         wrong = f"{numbers}; they must be finite and at least 0"
     elif age < 0:

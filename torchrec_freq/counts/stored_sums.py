@@ -47,10 +47,10 @@ class StoredSums:
 def open_sums(folder: Path) -> list[StoredSums]:
     """The tables of a checkpoint that were trained with TorchRec's row-wise Adagrad.
 
-    Only what describes them is read. It needs no process group, and fits any sharding plan.
+    Only what describes them is read.
 
     Args:
-        folder: a checkpoint of the model's state and of its fused optimizer's.
+        folder: a checkpoint of the model's state and of its fused optimizer's, of any plan.
 
     Raises:
         ValueError: not a checkpoint, damaged, or without such sums; the message says what is
@@ -88,8 +88,7 @@ def _stored(checkpoint: Checkpoint, stem: str, name: str) -> StoredSums:
         f"of table {name!r} is not a row-wise Adagrad's, which has one number a row; other "
         "optimizers' cannot be converted",
     )
-    # Only the weights tell rows from columns: TorchRec lays the sums of column shards behind each
-    # other.
+    # TorchRec lays the sums of column shards behind each other: the weights say how many there are.
     weight = _weight(checkpoint, stem)
     if weight is None:
         raise ValueError(
