@@ -327,9 +327,8 @@ class TableTraffic:
             raise ValueError(
                 f"Parts of two tables, of {self.rows} and {other.rows} rows, cannot be added."
             )
-        names = ("rows_B", "lookups_B", "lookups_K")
-        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return TableTraffic(self.rows, **sums)
+        rows_B, lookups_B = self.rows_B + other.rows_B, self.lookups_B + other.lookups_B
+        return TableTraffic(self.rows, rows_B, lookups_B, self.lookups_K + other.lookups_K)
 
     @property
     def histogram(self) -> CountHistogram:
