@@ -17,9 +17,9 @@ from criteo.ranks import together
 from examples.checkpoint import MANIFEST, read
 from torchrec_freq import load_adagrad_sums, load_momentum, load_row_counts
 from torchrec_freq.counts.adagrad import sums_of_counts
-from torchrec_freq.counts.dcp_metadata import Reader
+from torchrec_freq.counts.dcp_metadata import Checkpoint, Reader
 from torchrec_freq.counts.state import ROW_COUNTER
-from torchrec_freq.counts.stored import StoredTable, open_stored, read_metadata
+from torchrec_freq.counts.stored import StoredTable, open_stored
 from torchrec_freq.counts.stored_sums import open_sums
 
 
@@ -78,7 +78,7 @@ def _stored_sums(
 ) -> dict[str, tuple[float | None, Callable[[], Tensor]]]:
     """By table: how many lookups its sums stand for, if that is known, and what reads them."""
     found: dict[str, tuple[int, float | None, Callable[[], Tensor]]] = {}
-    if any(key.endswith(f".{ROW_COUNTER}") for key in read_metadata(folder).state_dict_metadata):
+    if Checkpoint(folder).stems(f".{ROW_COUNTER}"):
         for table in open_stored(folder):
             lookups = None if table.totals is None else max(float(table.totals[2]), 1.0)
             found[table.name] = table.rows, lookups, partial(_sums_of, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import subprocess
@@ -376,6 +377,24 @@ def load_file(folder: Path, kind: str) -> None:
     torch.testing.assert_close(adagrad_sums(loaded), adagrad_sums(given), rtol=1e-6, atol=1e-9)
 
 
+def check_scale(folder: Path) -> None:
+    model = build(FrequencySGD, "table_wise")
+    torchrec_freq.load_row_counts(model, *torchrec_freq.load_counts(folder / "counts.safetensors"))
+    numbers = torchrec_freq.TrainingMonitor(model, write=print).read()
+    reports = json.loads((folder / "report.json").read_text())
+    assert {table["name"] for table in reports} == set("abc")
+    for table in reports:
+        assert table["scale"] == pytest.approx(numbers[f"{table['name']}/scale"], rel=1e-9)
+
+
+def test_a_report_has_the_scale_of_the_model_that_loads_the_file(tmp_path: Path) -> None:
+    run_on_ranks(1, save_checkpoints, {"kinds": ["table_wise"], "folder": tmp_path})
+    output, figures = tmp_path / "counts.safetensors", tmp_path / "report.json"
+    assert convert(tmp_path / "table_wise", output) == 0
+    assert command_line.main(["report", str(output), "--json", str(figures)]) == 0
+    run_on_ranks(1, check_scale, {"folder": tmp_path})
+
+
 def save(folder: Path, **state: Any) -> Path:
     dcp.save(state, checkpoint_id=folder, no_dist=True)
     return folder
@@ -434,7 +453,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     for checkpoint, output, lookups, message in [
         (tmp_path, out, "1", "is not a whole checkpoint.*old"),
         (folder, tmp_path / "no" / "out", "1", "No such folder"),
-        (folder, out, "1,2,3", "3 numbers, but .* 2 tables: a, b"),
+        (folder, out, "1,2,3", r"--lookups: 3 for 2 tables \(a, b\)"),
     ]:
         assert convert(checkpoint, output, "--lookups", lookups) == 2
         assert re.search(message, capsys.readouterr().err)

@@ -258,9 +258,9 @@ def test_blocks_are_of_one_file(tmp_path: Path) -> None:
     path = tmp_path / "counts.safetensors"
     save_counts(path, {"a": torch.arange(9)})
     blocks = CountsReader(path).blocks("a", 4)
-    assert next(blocks).tolist() == [0, 1, 2, 3]
+    assert next(blocks)[1].tolist() == [0, 1, 2, 3]
     save_counts(path, {"a": torch.zeros(9)})
-    assert [block.tolist() for block in blocks] == [[4, 5, 6, 7], [8]]
+    assert [block.tolist() for _, block in blocks] == [[4, 5, 6, 7], [8]]
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:

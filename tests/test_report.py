@@ -185,8 +185,10 @@ def test_rates_are_those_that_are_known(
     table = report(tmp_path, {"a": torch.tensor([40, 20])}, *options, squares=known)["a"]
     lr = 0.1 if "--lr" in options else 1.0
     own_weight = 2 if "--own-weight" in options else FrequencyConfig().own_weight
-    s = (squares / 60) ** 0.5 if squares else 1  # of an occurrence
-    root = 40**0.5 if "--no-normalize" in options else s * ((40 + own_weight) / 2) ** 0.5
+    # Of an occurrence, of which each of the two rows is known to have had one.
+    s = (squares / 2) ** 0.5 if squares else 1
+    past = squares * 40 / 60 if squares else 40
+    root = 40**0.5 if "--no-normalize" in options else ((past + own_weight * s**2) / 2) ** 0.5
     assert table["rates"]["max"] == pytest.approx(lr / root, rel=1e-5)
     assert table["rate_unit"] == unit
     assert table["scale"] == (pytest.approx(s) if squares else None)

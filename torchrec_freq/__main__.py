@@ -20,7 +20,8 @@ COMMANDS: Final = {
     "report": report,
 }
 """Modules with a ``HELP`` line, ``add_arguments(parser)``, and ``run(arguments)``, which may return
-an exit status."""
+an exit status. It raises a ValueError that names the file or table where arguments or data are
+wrong, an OSError where a file cannot be read or written; nothing is written then."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 __version__ = "0.2.0"
 
@@ -30,8 +31,7 @@ class StackError(ImportError):
     """torch, TorchRec and FBGEMM are missing, do not fit each other, or cannot be loaded here."""
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """Releases that were built for each other; every patch release of each is accepted."""
 
     torch: str
@@ -46,7 +46,7 @@ SUPPORTED = (
 )
 
 # What TorchRec and FBGEMM require besides torch and each other, for installs with --no-deps.
-_OTHER_REQUIREMENTS = ("numpy", "tensordict", "torchmetrics==1.0.3", "tqdm", "pyre-extensions")
+_OTHER_REQUIREMENTS = "numpy tensordict torchmetrics==1.0.3 tqdm pyre-extensions"
 
 # The library of the NVIDIA driver that FBGEMM's CUDA build is linked against.
 _DRIVER_LIBRARY = "libnvidia-ml.so.1"
@@ -82,13 +82,11 @@ def minor_version(version: str | None) -> str | None:
     return match.group() if match else None
 
 
-def fitting(stack: Stack, found: Found) -> tuple[bool, bool, bool]:
+def fitting(stack: Stack, found: Found) -> list[bool]:
     """Whether torch, TorchRec and FBGEMM, in this order, are those of `stack`."""
-    return (
-        minor_version(found.torch) == minor_version(stack.torch),
-        minor_version(found.torchrec) == minor_version(stack.torchrec),
-        minor_version(found.fbgemm) == minor_version(stack.fbgemm),
-    )
+    versions = (found.torch, found.torchrec, found.fbgemm)
+    pairs = zip(stack, versions, strict=True)
+    return [minor_version(wanted) == minor_version(there) for wanted, there in pairs]
 
 
 def nearest(found: Found) -> Stack:
@@ -120,20 +118,19 @@ def repair(found: Found, python: str = "python", *, broken: bool = False) -> lis
     """
     stack = nearest(found)
     pip = f"{shlex.quote(python)} -m pip"
+    torch, torchrec = f"torch~={stack.torch}", f"torchrec~={stack.torchrec}"
     fbgemm_fits = fitting(stack, found)[2] and (found.driver or found.fbgemm_build != "cuda")
-    # Both builds own the same folder: pip must remove both before one of them is whole again.
-    remove = [] if fbgemm_fits and not broken else ["fbgemm-gpu", "fbgemm-gpu-cpu"]
-    if broken:
-        remove += ["torchrec", "torch"]
-    commands = [f"{pip} uninstall -y {' '.join(remove)}"] if remove else []
-    torch = f"torch~={stack.torch}"
-    torchrec = f"torchrec~={stack.torchrec}"
+    commands = []
+    if broken or not fbgemm_fits:
+        # Both builds own the same folder: pip must remove both before one of them is whole again.
+        others = " torchrec torch" if broken else ""
+        commands = [f"{pip} uninstall -y fbgemm-gpu fbgemm-gpu-cpu{others}"]
     if found.driver:
         return [*commands, f"{pip} install {torch} {torchrec} fbgemm-gpu~={stack.fbgemm}"]
     # TorchRec's metadata requires the CUDA build, whatever the machine: hence --no-deps.
     return [
         *commands,
-        f"{pip} install {torch} {' '.join(_OTHER_REQUIREMENTS)}",
+        f"{pip} install {torch} {_OTHER_REQUIREMENTS}",
         f"{pip} install --no-deps {torchrec} fbgemm-gpu-cpu~={stack.fbgemm}",
     ]
 
@@ -142,22 +139,18 @@ def message(
     found: Found, wrong: Sequence[str], python: str = "python", *, broken: bool = False
 ) -> str:
     """The text of a refusal: what is wrong, the versions found and needed, the repair."""
-    needed = [
+    needed = "\n      or: ".join(
         f"torch {minor_version(stack.torch)}.x, TorchRec {minor_version(stack.torchrec)}.x, "
         f"FBGEMM {minor_version(stack.fbgemm)}.x"
         for stack in SUPPORTED
-    ]
-    commands = repair(found, python, broken=broken)
-    return "\n".join(
-        [
-            f"torchrec_freq cannot be used: {'; '.join(wrong)}.",
-            f"  found:  {found}",
-            f"  needed: {needed[0]}",
-            *(f"      or: {row}" for row in needed[1:]),
-            f"  repair: {commands[0]}",
-            *(f"          {command}" for command in commands[1:]),
-            "      or, in a clone of the repository: make -B setup",
-        ]
+    )
+    commands = "\n          ".join(repair(found, python, broken=broken))
+    return (
+        f"torchrec_freq cannot be used: {'; '.join(wrong)}.\n"
+        f"  found:  {found}\n"
+        f"  needed: {needed}\n"
+        f"  repair: {commands}\n"
+        "      or, in a clone of the repository: make -B setup"
     )
 
 
@@ -177,7 +170,8 @@ def _package_folder(module: str) -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
-def _metadata_version(*distributions: str) -> str | None:
+def metadata_version(*distributions: str) -> str | None:
+    """Of the first of these that is installed; None where none is."""
     for distribution in distributions:
         try:
             return importlib.metadata.version(distribution)
@@ -193,12 +187,9 @@ def _version_of(module: str) -> str | None:
         return None
     # The package's own file comes first: metadata may belong to another copy on the path.
     version_file = folder / "version.py"
-    if version_file.is_file():
-        assignment = re.compile(r"^__version__\b[^=\n]*=\s*['\"](.+?)['\"]", re.MULTILINE)
-        match = assignment.search(version_file.read_text())
-        if match:
-            return match.group(1)
-    return _metadata_version(module) or "of unknown version"
+    text = version_file.read_text() if version_file.is_file() else ""
+    match = re.search(r"^__version__\b[^=\n]*=\s*['\"](.+?)['\"]", text, re.MULTILINE)
+    return match[1] if match else metadata_version(module) or "of unknown version"
 
 
 def _fbgemm() -> tuple[str | None, str]:
@@ -213,22 +204,13 @@ def _fbgemm() -> tuple[str | None, str]:
     try:
         target = json.loads((folder / "docs" / "target.default.json.py").read_text())
         return str(target["version"]), str(target["variant"])
-    except (OSError, ValueError, KeyError):
-        # Releases before 1.3 have no such file.
-        version = _metadata_version("fbgemm-gpu-cpu", "fbgemm-gpu")
-        return version or "of unknown version", ""
+    except (OSError, ValueError, KeyError):  # releases before 1.3 have no such file
+        return metadata_version("fbgemm-gpu-cpu", "fbgemm-gpu") or "of unknown version", ""
 
 
 def find() -> Found:
     """Look at what is installed; imports none of it."""
-    fbgemm, build = _fbgemm()
-    return Found(
-        torch=_version_of("torch"),
-        torchrec=_version_of("torchrec"),
-        fbgemm=fbgemm,
-        fbgemm_build=build,
-        driver=has_nvidia_driver(),
-    )
+    return Found(_version_of("torch"), _version_of("torchrec"), *_fbgemm(), has_nvidia_driver())
 
 
 def check() -> Found:
@@ -241,8 +223,7 @@ def check() -> Found:
         StackError: with the versions found, the versions needed, and the commands that repair it.
     """
     found = find()
-    wrong = problems(found)
-    if wrong:
+    if wrong := problems(found):
         raise StackError(message(found, wrong, sys.executable))
     for module in ("torch", "fbgemm_gpu", "torchrec"):
         try:
@@ -255,8 +236,7 @@ def check() -> Found:
             wrong = [f"`import {module}` fails with {type(root).__name__}: {reason}"]
             # A module that is not there is only missing from the environment: nothing is broken.
             broken = not isinstance(root, ModuleNotFoundError)
-            text = message(found, wrong, sys.executable, broken=broken)
-            raise StackError(text) from None
+            raise StackError(message(found, wrong, sys.executable, broken=broken)) from None
     return found
 
 

@@ -17,8 +17,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it could not; the message names the path and says why.
     """
-    path = Path(path)
-    with _named(path), _beside(_target(path)) as trial:
+    with _beside(Path(path)) as (trial, _):
         trial.write_bytes(b"\0")
         sync(trial)
 
@@ -32,9 +31,7 @@ def check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "Is a file; give a folder", str(path))
     path.mkdir(parents=True, exist_ok=True)
-    with _named(path), _beside(path / "file") as trial:
-        trial.write_bytes(b"\0")
-        sync(trial)
+    check_output(path / ".trial")
 
 
 @contextlib.contextmanager
@@ -48,18 +45,15 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: ``path`` is in no folder, or is a folder, pipe or device, or cannot be written. The
             body's own are taken for such.
     """
-    path = Path(path)
-    with _named(path):
-        target = _target(path)
-        with _beside(target) as file:
-            mode = (target if target.exists() else file).stat().st_mode
-            yield file
-            # A library may have made its file private to the user.
-            file.chmod(stat.S_IMODE(mode))
-            sync(file)
-            os.replace(file, target)
-            # The replacement itself is on the disk once the folder is.
-            sync(target.parent)
+    with _beside(Path(path)) as (file, target):
+        mode = (target if target.exists() else file).stat().st_mode
+        yield file
+        # A library may have made its file private to the user.
+        file.chmod(stat.S_IMODE(mode))
+        sync(file)
+        os.replace(file, target)
+        # The replacement itself is on the disk once the folder is.
+        sync(target.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -81,37 +75,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _target(path: Path) -> Path:
-    """The regular file, there or not, that a path or link stands for."""
-    with contextlib.suppress(FileNotFoundError):
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "Is a folder; name a file in it", str(path))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "Is a pipe or device; name a regular file", str(path))
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such folder; make it first", str(path))
-    return target
-
-
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """An empty file, as any new one, in a folder of its own on the same disk."""
-    # The name of the target may be as long as names can be.
-    with tempfile.TemporaryDirectory(
-        prefix=".writing-", suffix=".tmp", dir=target.parent
-    ) as folder:
-        file = Path(folder, "file")
-        file.touch()
-        yield file
+def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
+    """An empty file, in a folder of its own beside the regular file that a path or link stands for.
 
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors with the name that the user gave, not that of a file beside it."""
+    Errors have the name that the user gave, not that of another file.
+    """
     try:
-        yield
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, "Is a folder; name a file in it")
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, "Is a pipe or device; name a regular file")
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "No such folder; make it first")
+        # The name of the target may be as long as names can be.
+        with tempfile.TemporaryDirectory(".tmp", ".writing-", target.parent) as folder:
+            file = Path(folder, "file")
+            file.touch()
+            yield file, target
     except OSError as error:
         if error.errno is None:
             raise OSError(f"{path}: {error}") from error

@@ -67,9 +67,8 @@ class MeasuredCacheStatistics(CacheStatistics):
         self._policy: Policy = policy
         self._expected_lookups = histogram.expected_distinct(batch_lookups)
         # Dense where the curve is steep: a cache of few rows.
-        clf = np.geomspace(1 / max(histogram.rows, 2), 1, 65)
-        clf = np.concatenate(([0.0], clf, np.linspace(0, 1, 17)[1:-1]))
-        clf.sort()
+        dense = np.geomspace(1 / max(histogram.rows, 2), 1, 65)
+        clf = np.sort(np.concatenate((np.linspace(0, 1, 17)[:-1], dense)))
         misses = np.array([self.expected_miss_rate(float(x)) for x in clf])
         self._cacheability = float(((misses[1:] + misses[:-1]) / 2) @ np.diff(clf))
 

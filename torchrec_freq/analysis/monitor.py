@@ -71,10 +71,8 @@ class TrainingMonitor:
         write: Writer | Any | None,
         max_rows: int | None = 1 << 22,
     ) -> None:
-        for name, value in (("every", every), ("max_rows", max_rows)):
-            if value is None and name == "max_rows":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        for name, value in (("every", every), ("max_rows", 1 if max_rows is None else max_rows)):
+            if type(value) is not int or value < 1:
                 raise ValueError(f"Invalid {name} value: {value!r}. Must be a whole number >= 1.")
         named_tables(model)  # there are some
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -103,9 +101,9 @@ class TrainingMonitor:
         for name, (handle, table) in named_tables(self._model).items():
             if handle not in sums:
                 sums[handle] = self._sum(handle)
-            *numbers_of_table, lr = sums[handle][handle.positions[table.name]].tolist()
-            bins, totals = numbers_of_table[: 2 * BINS], numbers_of_table[2 * BINS :]
-            histogram = CountHistogram.of_bins(torch.tensor(bins, dtype=torch.float64).view(2, -1))
+            sums_X = sums[handle][handle.positions[table.name]]
+            histogram = CountHistogram.of_bins(sums_X[: 2 * BINS].view(2, -1))
+            *totals, lr = sums_X[2 * BINS :].tolist()
             values = _numbers(histogram, table.config, totals, lr)
             numbers.update({f"{name}/{key}": value for key, value in values.items()})
         return numbers
@@ -139,11 +137,11 @@ def _numbers(
     }
     known = totals[1] > 0 and totals[2] > 0
     if histogram.rows_seen:
-        counts = [histogram.quantile(share) for share in QUANTILES.values()]
-        numbers |= {f"count_{name}": n for name, n in zip(QUANTILES, counts, strict=True)}
+        counts = {name: histogram.quantile(share) for name, share in QUANTILES.items()}
+        numbers |= {f"count_{name}": count for name, count in counts.items()}
         if known or config.normalize is None:
-            rates = learning_rates(config, counts, totals if known else None, lr)
-            numbers |= {f"lr_at_{name}": r for name, r in zip(QUANTILES, rates, strict=True)}
+            rates = learning_rates(config, [*counts.values()], totals if known else None, lr)
+            numbers |= {f"lr_at_{name}": r for name, r in zip(counts, rates, strict=True)}
     if known and config.normalize is not None:
         numbers["scale"] = math.sqrt(totals[1] / totals[3])
     return numbers
@@ -153,8 +151,7 @@ def _writer(write: Any) -> Writer:
     """A callable of anything that ``write`` may be."""
     if callable(write):
         return write  # type: ignore[no-any-return]
-    add_scalar = getattr(write, "add_scalar", None)
-    if add_scalar is None:
+    if not hasattr(write, "add_scalar"):
         raise ValueError(
             f"Invalid write value: {write!r}. Must be a TensorBoard SummaryWriter, or a callable "
             "write(step, numbers)."
@@ -162,6 +159,6 @@ def _writer(write: Any) -> Writer:
 
     def to_tensorboard(step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
-            add_scalar(name, value, step)
+            write.add_scalar(name, value, step)
 
     return to_tensorboard

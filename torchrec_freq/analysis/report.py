@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -45,11 +46,9 @@ class Cache:
     """What a cache of a table in host memory does, by its policy.
 
     Attributes:
-        miss_rates: by load factor, share of a batch's distinct rows that the cache does not hold
-            (:meth:`torchrec_freq.analysis.traffic.CountHistogram.miss_rate`).
+        miss_rates: by load factor (:meth:`torchrec_freq.analysis.cache.cache_statistics`).
         cacheability: area under the miss rate; 0 is easy, 1 hard to cache.
-        load_factor: recommended: the least share of the rows that a cache must hold to miss at most
-            ``Settings.miss_rate``.
+        load_factor: recommended: the least that misses at most ``Settings.miss_rate``.
     """
 
     miss_rates: Mapping[str, float]
@@ -122,7 +121,7 @@ def describe(
             for policy in POLICIES
             if lookups
         },
-        imbalance={str(n): imbalance(traffic, n) for n in settings.ranks if lookups},
+        imbalance={str(n): _imbalance(traffic, n) for n in settings.ranks if lookups},
     )
 
 
@@ -140,7 +139,7 @@ def rates_of(
     return learning_rates(config, counts, totals, settings.lr or 1.0), unit
 
 
-def imbalance(traffic: TableTraffic, shards: int) -> float:
+def _imbalance(traffic: TableTraffic, shards: int) -> float:
     """Lookups of the busiest of TorchRec's row-wise shards, as a multiple of their mean."""
     block = -(-traffic.rows // shards)
     ends = [min(shard * block, traffic.rows) for shard in range(shards + 1)]
@@ -148,15 +147,11 @@ def imbalance(traffic: TableTraffic, shards: int) -> float:
 
 
 def _cache(statistics: MeasuredCacheStatistics, rows: int, settings: Settings) -> Cache:
-    low, high = 0, rows  # the miss rate falls with the size
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if statistics.expected_miss_rate(middle / rows) <= settings.miss_rate:
-            high = middle
-        else:
-            low = middle
+    def suffices(cached_rows: int) -> bool:  # the miss rate falls with the size
+        return statistics.expected_miss_rate(cached_rows / rows) <= settings.miss_rate
+
     return Cache(
         miss_rates={f"{x:g}": statistics.expected_miss_rate(x) for x in LOAD_FACTORS},
         cacheability=statistics.cacheability,
-        load_factor=high / rows,
+        load_factor=(1 + bisect_left(range(1, rows), True, key=suffices)) / rows,
     )

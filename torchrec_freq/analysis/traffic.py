@@ -247,48 +247,26 @@ class CountHistogram:
         """
         seen_B = self._seen(lookups)
         distinct = float(self.rows_B @ seen_B)
-        if distinct == 0:
+        if distinct == 0 or cached_rows >= self.rows_seen:
             return 0.0
-        if cached_rows >= self.rows_seen:
-            return 0.0
-        held_B = self._held(cached_rows, lookups, seen_B, distinct, policy)
-        return float(self.rows_B @ (seen_B * (1 - held_B)) / distinct)
-
-    def _held(
-        self,
-        cached_rows: float,
-        lookups: float,
-        seen_B: NDArray[np.float64],
-        distinct: float,
-        policy: Policy,
-    ) -> NDArray[np.float64]:
-        """[bins] chance that a row is in the cache."""
         if policy == "lfu":
             more_frequent_B = np.flip(np.cumsum(np.flip(self.rows_B))) - self.rows_B
-            held_B: NDArray[np.float64] = np.clip(
-                (cached_rows - more_frequent_B) / np.maximum(self.rows_B, 1), 0, 1
+            held_B = np.clip((cached_rows - more_frequent_B) / np.maximum(self.rows_B, 1), 0, 1)
+        elif cached_rows >= distinct:
+            # x = log T, and as long ago as any row can have been looked up: e^80 batches.
+            held_B = self._filled(lambda x: self._seen(lookups * math.exp(x)), cached_rows)
+        else:
+            # x = log r + 80.
+            held_B = self._filled(
+                lambda x: seen_B / (seen_B + (1 - seen_B) * math.exp(80 - x)), cached_rows
             )
-            return held_B
-        if cached_rows >= distinct:
-            # As long ago as any row can have been looked up: e^80 batches.
-            return self._fill(
-                lambda log_t: self._seen(lookups * math.exp(log_t)), cached_rows, 0, 80
-            )
+        return float(self.rows_B @ (seen_B * (1 - held_B)) / distinct)
 
-        def resident(log_r: float) -> NDArray[np.float64]:
-            inserted_B = seen_B * math.exp(log_r)
-            return inserted_B / (1 - seen_B + inserted_B)
-
-        return self._fill(resident, cached_rows, -80, 0)
-
-    def _fill(
-        self,
-        held: Callable[[float], NDArray[np.float64]],
-        cached_rows: float,
-        low: float,
-        high: float,
+    def _filled(
+        self, held: Callable[[float], NDArray[np.float64]], cached_rows: float
     ) -> NDArray[np.float64]:
-        """``held(x)``, which rises with ``x``, where it fills the cache; by bisection."""
+        """``held(x)``, which rises with ``x`` from 0 to 80, where it fills the cache."""
+        low, high = 0.0, 80.0
         for _ in range(50):
             middle = (low + high) / 2
             if float(self.rows_B @ held(middle)) < cached_rows:
@@ -367,12 +345,8 @@ class TableTraffic:
             raise ValueError(
                 f"Parts of two tables, of {self.rows} and {other.rows} rows, cannot be added."
             )
-        return TableTraffic(
-            self.rows,
-            self.rows_B + other.rows_B,
-            self.lookups_B + other.lookups_B,
-            self.lookups_K + other.lookups_K,
-        )
+        rows_B, lookups_B = self.rows_B + other.rows_B, self.lookups_B + other.lookups_B
+        return TableTraffic(self.rows, rows_B, lookups_B, self.lookups_K + other.lookups_K)
 
     @property
     def histogram(self) -> CountHistogram:
@@ -398,8 +372,7 @@ class TableTraffic:
         if total == 0:
             return (last - first) / self.rows
         ends_K = np.minimum(np.arange(len(self.lookups_K) + 1) * _block_rows(self.rows), self.rows)
-        running_K = np.concatenate(([0.0], np.cumsum(self.lookups_K)))
-        below = np.interp([first, last], ends_K, running_K)
+        below = np.interp([first, last], ends_K, np.append(0, np.cumsum(self.lookups_K)))
         return float(below[1] - below[0]) / total
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -18,7 +17,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed import sharding_plan
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel as Kernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ParameterSharding, ShardedTensor, ShardingEnv, ShardingPlan
@@ -35,7 +34,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_freq import _versions
-from torchrec_freq.cli.terminal import visible
+from torchrec_freq.cli.terminal import as_json, visible
 from torchrec_freq.config import DEFAULT_EPS, DEFAULT_OWN_WEIGHT
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.sharded.counts import row_counts
@@ -43,6 +42,7 @@ from torchrec_freq.sharded.counts import row_counts
 HELP: Final = "check this machine: versions, GPU, communication, and a self-test"
 
 _NAME: Final = "torchrec-freq"
+_PIP: Final = f"{sys.executable} -m pip"
 _LR: Final = 0.1
 _ROWS, _DIM, _SAMPLES, _IDS, _STEPS = 50, 256, 16, 3, 8
 # Column shards are cut at 128 columns at the least, a grid's too.
@@ -54,10 +54,7 @@ _SHARDING: Final[dict[str, Callable[[], Any]]] = {
     "grid": lambda: sharding_plan.grid_shard(host_indexes=[0, 0]),
     "data-parallel": sharding_plan.data_parallel,
 }
-_CUDA_KERNELS: Final = (
-    EmbeddingComputeKernel.FUSED_UVM,
-    EmbeddingComputeKernel.FUSED_UVM_CACHING,
-)
+_CUDA_KERNELS: Final = (Kernel.FUSED_UVM, Kernel.FUSED_UVM_CACHING)
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(f"{finding.state:4}  {finding.name:14}  {visible(finding.text)}", flush=True)
             for command in finding.fix:
-                print(f"{'':4}  {'':14}  $ {command}", flush=True)
+                print(f"{'':20}  $ {command}", flush=True)
     fails = sum(finding.state == "FAIL" for finding in found)
     if arguments.json:
-        print(json.dumps([asdict(finding) for finding in found], indent=1))
+        print(as_json(found))
     else:
         print("Training works here." if not fails else f"Training would fail: {fails} of these.")
     return 1 if fails else 0
@@ -119,30 +116,20 @@ def findings() -> Iterator[Finding]:
 def _gpu(versions: _versions.Found) -> Finding:
     if not versions.driver:
         return Finding("ok", "GPU", "no NVIDIA driver: training runs on the CPU, with gloo")
+    built = f"torch {torch.__version__} built for CUDA {torch.version.cuda or '(none)'}"
     if not torch.cuda.is_available():
-        return Finding(
-            "note",
-            "GPU",
-            f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU, as it was "
-            f"built for CUDA {torch.version.cuda or '(none)'}: training runs on the CPU",
-            tuple(_versions.repair(versions, sys.executable, broken=True)),
-        )
+        text = f"there is an NVIDIA driver, but {built} sees no GPU: training runs on the CPU"
+        fix = _versions.repair(versions, sys.executable, broken=True)
+        return Finding("note", "GPU", text, tuple(fix))
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    text = (
-        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB; torch "
-        f"built for CUDA {torch.version.cuda}"
+    devices = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+    if versions.fbgemm_build != "cpu":
+        return Finding("ok", "GPU", f"{devices}; {built}")
+    text = f"{devices}; {built}; FBGEMM's CPU build does not use it"
+    install = f"install fbgemm-gpu=={versions.fbgemm}"
+    return Finding(
+        "note", "GPU", text, (f"{_PIP} uninstall -y fbgemm-gpu-cpu", f"{_PIP} {install}")
     )
-    if versions.fbgemm_build == "cpu":
-        return Finding(
-            "note",
-            "GPU",
-            f"{text}; FBGEMM's CPU build does not use it",
-            (
-                f"{sys.executable} -m pip uninstall -y fbgemm-gpu-cpu",
-                f"{sys.executable} -m pip install fbgemm-gpu=={versions.fbgemm}",
-            ),
-        )
-    return Finding("ok", "GPU", text)
 
 
 def _backend(device: torch.device) -> Finding:
@@ -150,7 +137,7 @@ def _backend(device: torch.device) -> Finding:
     backend = "nccl" if device.type == "cuda" else "gloo"
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
     text = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in available.items())
-    fix = (f"{sys.executable} -m pip install --force-reinstall torch=={torch.__version__}",)
+    fix = (f"{_PIP} install --force-reinstall torch=={torch.__version__}",)
     if not available[backend]:
         return Finding("FAIL", "communication", f"{text}; training needs {backend} here", fix)
     os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
@@ -167,22 +154,20 @@ def _backend(device: torch.device) -> Finding:
 
 def _self_tests(device: torch.device, versions: _versions.Found) -> Iterator[Finding]:
     """Trains under each sharding type and kernel, compared with the rule in plain torch."""
-    fused = EmbeddingComputeKernel.FUSED
-    cases = [(name, name, fused) for name in _SHARDING]
+    cases = [(name, name, Kernel.FUSED) for name in _SHARDING]
     if device.type == "cuda":
         cases += [(f"table-wise, {k.value}", "table-wise", k) for k in _CUDA_KERNELS]
     works, fails = [], []
     for label, sharding, kernel in cases:
         try:
-            difference = _train(device, _SHARDING[sharding], kernel)
+            wrong = _train(device, _SHARDING[sharding], kernel)
         except Exception as error:
             line = next(iter(str(error).strip().splitlines()), "no reason given")
-            fails.append(f"{label}: {type(error).__name__}: {line}")
-            continue
-        if difference is None:
+            wrong = f"{type(error).__name__}: {line}"
+        if wrong is None:
             works.append(label)
         else:
-            fails.append(f"{label}: {difference}")
+            fails.append(f"{label}: {wrong}")
     dist.destroy_process_group()
     on = "the GPU" if device.type == "cuda" else "the CPU"
     if works:
@@ -195,9 +180,7 @@ def _self_tests(device: torch.device, versions: _versions.Found) -> Iterator[Fin
         yield Finding("ok", "kernels", f"fused; {kernels} need a GPU and are not tested")
 
 
-def _train(
-    device: torch.device, sharding: Callable[[], Any], kernel: EmbeddingComputeKernel
-) -> str | None:
+def _train(device: torch.device, sharding: Callable[[], Any], kernel: Kernel) -> str | None:
     """Trains some steps; returns how the result differs from the reference, or None."""
     torch.manual_seed(0)
     table = EmbeddingBagConfig(
@@ -205,22 +188,18 @@ def _train(
     )
     collection = EmbeddingBagCollection(tables=[table])
     apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": _LR})
-    weight_RD = collection.embedding_bags["t"].weight.detach().double().clone()
     sharder = EmbeddingBagCollectionSharder()
     plan = sharding_plan.construct_module_sharding_plan(
         collection, {"t": sharding()}, sharder=sharder, device_type=device.type
     )
     parameter: ParameterSharding = plan["t"]
-    if parameter.compute_kernel == EmbeddingComputeKernel.FUSED.value:
+    if parameter.compute_kernel == Kernel.FUSED.value:
         parameter.compute_kernel = kernel.value
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
     model = DistributedModelParallel(
-        collection,
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
-        device=device,
-        plan=ShardingPlan(plan={"": plan}),
-        sharders=[sharder],
+        collection, env=env, device=device, plan=ShardingPlan(plan={"": plan}), sharders=[sharder]
     )
-    _copy(weight_RD.float(), model, into=True)
+    before_RD = _whole(model)
     ids_SL = torch.randint(_ROWS, (_STEPS, _SAMPLES * _IDS)).square() // _ROWS  # skewed
     target_SBD = torch.randn(_STEPS, _SAMPLES, _DIM)
     lengths_B = torch.full((_SAMPLES,), _IDS)
@@ -232,30 +211,24 @@ def _train(
         if hasattr(module, "flush"):  # a cache, to the table
             module.flush()
     columns = parameter.sharding_spec.shards[0].shard_sizes[1] if parameter.sharding_spec else _DIM
-    expected_RD, counts_R = _reference(weight_RD, ids_SL, target_SBD.double(), _DIM // columns)
-    trained_RD = torch.zeros(_ROWS, _DIM)
-    _copy(trained_RD, model, into=False)
+    expected_RD, counts_R = _reference(before_RD, ids_SL, target_SBD.double(), _DIM // columns)
     if not torch.equal(row_counts(model)["t"], counts_R):
         return "the counts are wrong"
-    most = float((trained_RD - expected_RD).abs().max())
+    most = float((_whole(model) - expected_RD).abs().max())
     return None if most < 1e-5 else f"weights differ by up to {most:.2g}"
 
 
 @torch.no_grad()
-def _copy(whole_RD: Tensor, model: torch.nn.Module, *, into: bool) -> None:
-    """Between a whole table and its shards, all of which are here."""
+def _whole(model: torch.nn.Module) -> Tensor:
+    """float64 [rows, columns]: a copy of the table, all shards of which are here."""
     (value,) = model.state_dict().values()
+    whole_RD = torch.zeros(_ROWS, _DIM, dtype=torch.float64)
     if not isinstance(value, ShardedTensor):
-        pairs = [(whole_RD, value)]
-    else:
-        pairs = []
-        for shard in value.local_shards():
-            area = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
-            index = tuple(slice(start, start + size) for start, size in area)
-            pairs.append((whole_RD[index], shard.tensor))
-    for part_RD, shard_RD in pairs:
-        source, goal = (part_RD, shard_RD) if into else (shard_RD, part_RD)
-        goal.copy_(source)
+        return whole_RD.copy_(value)
+    for shard in value.local_shards():
+        (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        whole_RD[row : row + rows, column : column + columns].copy_(shard.tensor)
+    return whole_RD
 
 
 def _reference(
@@ -265,63 +238,47 @@ def _reference(
 
     Args:
         shards: of the columns, each of which goes by the squares of its own.
+
+    Returns:
+        The weights, and the counts of the rows.
     """
-    counts_R = torch.zeros(_ROWS, dtype=torch.int64)
-    squares = 0.0
-    weight_RD = weight_RD.clone()
+    counts_R, squares = torch.zeros(_ROWS, dtype=torch.int64), 0.0
     for ids_L, target_BD in zip(ids_SL, target_SBD, strict=True):
+        weight_RD = weight_RD.detach().requires_grad_()
         output_BD = weight_RD[ids_L].view(_SAMPLES, _IDS, _DIM).sum(dim=1)
-        grad_BD = 2 * (output_BD - target_BD) / target_BD.numel()
-        grad_RD = torch.zeros_like(weight_RD)
-        grad_RD.index_add_(0, ids_L, grad_BD.repeat_interleave(_IDS, dim=0))
+        (grad_RD,) = torch.autograd.grad((output_BD - target_BD).square().mean(), weight_RD)
         per_count = squares / max(int(counts_R.sum()), 1)
         counts_R += torch.bincount(ids_L, minlength=_ROWS)
         own_RD = grad_RD.view(_ROWS, shards, -1).square().mean(dim=2)
         own_RD = own_RD.repeat_interleave(_DIM // shards, dim=1)
         root_RD = ((per_count * counts_R.unsqueeze(1) + DEFAULT_OWN_WEIGHT * own_RD) / 2).sqrt()
-        weight_RD -= _LR / (root_RD + DEFAULT_EPS) * grad_RD
+        weight_RD = weight_RD - _LR / (root_RD + DEFAULT_EPS) * grad_RD
         squares += float(own_RD.mean(dim=1).sum())
-    return weight_RD, counts_R
+    return weight_RD.detach(), counts_R
 
 
 def _tools() -> Iterator[Finding]:
     """What is needed besides training itself."""
     for extra, names in _extras().items():
-        missing = [name for name in names if not _installed(name)]
+        missing = [name for name in names if _versions.metadata_version(name) is None]
         if missing:
             text = f"of the extra {extra!r} missing: {', '.join(missing)}"
-            fix = (f"{sys.executable} -m pip install {' '.join(missing)}",)
-            yield Finding("note", "extras", text, fix)
+            yield Finding("note", "extras", text, (f"{_PIP} install {' '.join(missing)}",))
         else:
             yield Finding("ok", "extras", f"{extra}: {', '.join(names)}")
     if shutil.which("torchrun") is None:
-        folder = os.path.dirname(sys.executable)
-        yield Finding(
-            "note",
-            "torchrun",
-            "not on PATH, where torchx looks for it",
-            (f'export PATH="{folder}:$PATH"',),
-        )
+        path = f'export PATH="{os.path.dirname(sys.executable)}:$PATH"'
+        yield Finding("note", "torchrun", "not on PATH, where torchx looks for it", (path,))
 
 
 def _extras() -> dict[str, list[str]]:
-    """Extra -> distributions, as the installed package's metadata say."""
-    try:
-        requirements = importlib.metadata.requires(_NAME) or []
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
-        return {}
+    """Extra -> distributions, as the installed package's metadata say; none of bare sources."""
     extras: dict[str, list[str]] = {}
-    for requirement in requirements:
+    if _versions.metadata_version(_NAME) is None:
+        return extras
+    for requirement in importlib.metadata.requires(_NAME) or []:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
         if name and extra and extra[1] != "dev" and name[0] != _NAME:
             extras.setdefault(extra[1], []).append(name[0])
     return extras
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from torch import Tensor
-from tqdm import tqdm
 
-from torchrec_freq.cli.arguments import add_counts_file, whole_numbers
-from torchrec_freq.cli.terminal import visible
+from torchrec_freq.cli.arguments import add_counts_file, one_each, whole_numbers
+from torchrec_freq.cli.terminal import progress, visible
 from torchrec_freq.counts.adagrad import counts_of_sums
 from torchrec_freq.counts.files import save_counts
 from torchrec_freq.counts.stored_sums import open_sums, tables_without_sums
@@ -27,47 +26,32 @@ HELP: Final = "turn the sums in a row-wise Adagrad's checkpoint into a file of c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what :func:`run` takes."""
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder that holds .metadata"
+    lookups_help = (
+        "occurrences of ids so far, over all batches and ranks: one number for all tables, or one "
+        "for each, in the order of their names (default: unknown; the largest count of a table is "
+        "then 2^29, and its shares change hardly any more)"
     )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that holds .metadata")
     add_counts_file(parser)
-    parser.add_argument(
-        "--lookups",
-        type=whole_numbers,
-        metavar="N[,N...]",
-        help="occurrences of ids so far, over all batches and ranks: one number for all tables, or "
-        "one for each, in the order of their names (default: unknown; the largest count of a table "
-        "is then 2^29, and its shares change hardly any more)",
-    )
+    add("--lookups", type=whole_numbers, metavar="N[,N...]", help=lookups_help)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts the sums of the checkpoint that the command line names.
-
-    Raises:
-        ValueError: wrong arguments, or a checkpoint without such sums, or with damaged ones; the
-            message names the table. Nothing is written.
-        OSError: a file cannot be read or written.
-    """
+    """Converts the sums of the checkpoint that the command line names."""
     output: Path = arguments.output
     check_output(output)
     stored = open_sums(arguments.checkpoint)
-    lookups: list[int] | list[None] = arguments.lookups or [None]
-    if len(lookups) == 1:
-        lookups = lookups * len(stored)
-    if len(lookups) != len(stored):
-        raise ValueError(
-            f"--lookups has {len(lookups)} numbers, but the checkpoint {len(stored)} tables: "
-            f"{', '.join(table.name for table in stored)}. Give one for all, or one for each."
-        )
+    names = [table.name for table in stored]
+    lookups = one_each("--lookups", arguments.lookups or [None], "tables", names)
     counts: dict[str, Tensor] = {}
     squares: dict[str, float] = {}
     rows = sum(table.rows for table in stored)
-    # Without a terminal no bar is drawn.
-    with tqdm(total=rows, unit=" rows", unit_scale=True, disable=None) as bar:
-        for table, number in zip(stored, lookups, strict=True):
+    with progress(rows, "rows") as bar:
+        for table in stored:
             bar.set_description(visible(table.name))
-            counts[table.name], squares[table.name] = counts_of_sums(table.read(), number)
+            found = counts_of_sums(table.read(), lookups[table.name])
+            counts[table.name], squares[table.name] = found
             bar.update(table.rows)
     save_counts(output, counts, squares)
     print(f"{visible(str(output))}: {len(counts)} tables, {rows:,} rows")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 from torchrec_freq.analysis.traffic import TableTraffic
 from torchrec_freq.cli.arguments import whole_number
-from torchrec_freq.cli.terminal import VisibleFormatter
+from torchrec_freq.cli.terminal import VisibleFormatter, as_json
 from torchrec_freq.counts.files import load_counts
 from torchrec_freq.output import check_output, write_text
 from torchrec_freq.planner.search import OPTIMIZERS, Result, plan
@@ -33,48 +31,29 @@ HELP: Final = "plan tables on a cluster, with FrequencySGD beside other optimize
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what :func:`run` takes."""
-    parser.add_argument("spec", type=Path, help="a .toml file, criteo-1tb or dlrm-dcnv2")
-    parser.add_argument(
-        "--counts",
-        type=Path,
-        metavar="FILE",
-        help="file of counts with the spec's table names: hot shards cost more, caches are sized "
-        "by table (default: all rows equal)",
+    counts_help = (
+        "file of counts with the spec's table names: hot shards cost more, caches are sized by "
+        "table (default: all rows equal)"
     )
-    parser.add_argument(
-        "--ranks", type=whole_number, help=f"GPUs, up to {MOST_RANKS} (default: the spec's)"
+    timeout_help = (
+        "take the best plan of this long a search; on 1024 ranks it takes minutes (default: search "
+        "to the end)"
     )
-    parser.add_argument("--hbm-gb", type=float, help="HBM of a GPU, GB of 2^30 bytes")
-    parser.add_argument(
-        "--batch-size", type=whole_number, metavar="SAMPLES", help="samples of a rank"
-    )
-    parser.add_argument(
-        "--optimizer",
-        nargs="+",
-        choices=OPTIMIZERS,
-        default=list(OPTIMIZERS),
-        help="those to plan (default: all)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=whole_number,
-        metavar="SECONDS",
-        help="take the best plan of this long a search; on 1024 ranks it takes minutes "
-        "(default: search to the end)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plans here")
-    parser.add_argument(
-        "--report", action="store_true", help="also print TorchRec's report of each plan"
-    )
+    ranks_help = f"GPUs, up to {MOST_RANKS} (default: the spec's)"
+    add, whole, names = parser.add_argument, whole_number, list(OPTIMIZERS)
+    add("spec", type=Path, help="a .toml file, criteo-1tb or dlrm-dcnv2")
+    add("--counts", type=Path, metavar="FILE", help=counts_help)
+    add("--ranks", type=whole, help=ranks_help)
+    add("--hbm-gb", type=float, help="HBM of a GPU, GB of 2^30 bytes")
+    add("--batch-size", type=whole, metavar="SAMPLES", help="samples of a rank")
+    add("--optimizer", nargs="+", choices=names, default=names, help="to plan (default: all)")
+    add("--timeout", type=whole, metavar="SECONDS", help=timeout_help)
+    add("--json", type=Path, metavar="FILE", help="also write the plans here")
+    add("--report", action="store_true", help="also print TorchRec's report of each plan")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plans what the command line says, and prints a table.
-
-    Raises:
-        ValueError: a wrong spec or file of counts.
-        OSError: a file cannot be read or written.
-    """
+    """Plans what the command line says, and prints a table."""
     spec = read_spec(
         arguments.spec,
         ranks=arguments.ranks,
@@ -86,17 +65,13 @@ def run(arguments: argparse.Namespace) -> None:
     counts = None if arguments.counts is None else _read_counts(arguments.counts, spec)
     # TorchRec warns of each data-parallel table that it has no sharding spec.
     logging.getLogger().setLevel(logging.ERROR)
+    results = []
     with _reports() if arguments.report else contextlib.nullcontext():
-        results = [
-            plan(spec, optimizer, counts, arguments.timeout)
-            for optimizer in tqdm(
-                arguments.optimizer, desc="plan", unit=" optimizers", disable=None
-            )
-        ]
+        for optimizer in tqdm(arguments.optimizer, "plan", unit=" optimizers", disable=None):
+            results.append(plan(spec, optimizer, counts, arguments.timeout))
     print(table(spec, results))
     if arguments.json is not None:
-        text = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
-        write_text(arguments.json, text + "\n")
+        write_text(arguments.json, as_json(results) + "\n")
 
 
 @contextlib.contextmanager
@@ -142,13 +117,9 @@ def table(spec: Spec, results: Sequence[Result]) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
     for r in results:
-        factors = sorted({f"{factor:.2f}" for factor in r.load_factors.values()})
-        cached = (
-            f"{' to '.join(factors[:: max(len(factors) - 1, 1)])} ({len(r.load_factors)} tables)"
-        )
-        lines.append(
-            f"| {r.optimizer} | {r.fits} | {number(r.tables_gb)} | {number(r.hbm_gb)} "
-            f"| {number(r.ddr_gb)} | {number(r.step_ms)} | {cached} | {number(r.imbalance, 2)} "
-            f"| {r.seconds:.1f} |"
-        )
+        factors = sorted(f"{factor:.2f}" for factor in r.load_factors.values())
+        cached = " to ".join(dict.fromkeys(factors[:1] + factors[-1:]))
+        cells = [r.optimizer, r.fits, *map(number, (r.tables_gb, r.hbm_gb, r.ddr_gb, r.step_ms))]
+        cells += [f"{cached} ({len(factors)} tables)", number(r.imbalance, 2), number(r.seconds)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

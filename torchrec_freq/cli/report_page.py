@@ -33,10 +33,10 @@ def plot(
     """A PNG of what the counts of a table say."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     frequency, coverage, rates, caches = figure.subplots(2, 2).flat
-    figure.suptitle(_plain(visible(report.name)))
+    # matplotlib takes what is between two dollars for a formula.
+    figure.suptitle(visible(report.name).replace("$", r"\$"))
     if report.lookups:
-        _plot_frequency(frequency, report, histogram)
-        _plot_coverage(coverage, histogram)
+        _plot_counts(frequency, coverage, report, histogram)
         _plot_rates(rates, report, table, settings)
         _plot_caches(caches, report, histogram, settings)
     else:
@@ -63,35 +63,32 @@ def write(
             file.write_bytes(png)
     template = resources.files("torchrec_freq.cli") / "templates" / "report.html"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    names = [visible(report.name) for report in reports]
     html = environment.from_string(template.read_text(encoding="utf-8")).render(
         version=__version__,
         sources=list(dict.fromkeys(visible(report.source) for report in reports)),
         tables=tables,
-        plots=[
-            (visible(report.name), base64.b64encode(png).decode())
-            for report, png in zip(reports, plots, strict=True)
-        ],
+        plots=list(zip(names, (base64.b64encode(png).decode() for png in plots), strict=True)),
     )
     write_text(folder / "report.html", html)
 
 
-def _plot_frequency(axes: Any, report: TableReport, histogram: CountHistogram) -> None:
+def _plot_counts(
+    frequency: Any, coverage: Any, report: TableReport, histogram: CountHistogram
+) -> None:
     first_B, last_B, count_B = histogram.ranks()
     ranks, counts = np.stack((first_B, last_B), axis=1).ravel(), np.repeat(count_B, 2)
-    axes.loglog(ranks, counts, ".-", markersize=3, label="counts")
+    frequency.loglog(ranks, counts, ".-", markersize=3, label="counts")
     if report.zipf is not None:
         line = np.array([1, report.zipf.last_rank])
         label = f"Zipf, exponent {report.zipf.exponent:.2f}"
-        axes.loglog(line, report.zipf.first * line**-report.zipf.exponent, "--", label=label)
-    axes.set(title="Rank-frequency", xlabel="rank", ylabel="count")
-    axes.legend()
-
-
-def _plot_coverage(axes: Any, histogram: CountHistogram) -> None:
+        frequency.loglog(line, report.zipf.first * line**-report.zipf.exponent, "--", label=label)
+    frequency.set(title="Rank-frequency", xlabel="rank", ylabel="count")
+    frequency.legend()
     rows = np.geomspace(min(1, histogram.rows / 10), histogram.rows, 101)
-    axes.semilogx(rows / histogram.rows, [histogram.top_share(float(r)) for r in rows])
-    axes.set(title="Lookups covered by the most frequent rows", ylim=(0, 1.02))
-    axes.set(xlabel="share of the rows", ylabel="share of the lookups")
+    coverage.semilogx(rows / histogram.rows, [histogram.top_share(float(r)) for r in rows])
+    coverage.set(title="Lookups covered by the most frequent rows", ylim=(0, 1.02))
+    coverage.set(xlabel="share of the rows", ylabel="share of the lookups")
 
 
 def _plot_rates(axes: Any, report: TableReport, table: StoredTable, settings: Settings) -> None:
@@ -117,8 +114,3 @@ def _plot_caches(
     title = f"Cache, {report.batch_lookups:,.0f} lookups a batch"
     axes.set(title=title, xlabel="cache load factor", ylabel="miss rate", ylim=(0, 1.02))
     axes.legend()
-
-
-def _plain(name: str) -> str:
-    """matplotlib takes what is between two dollars for a formula."""
-    return name.replace("$", r"\$")

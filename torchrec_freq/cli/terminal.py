@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
 
 
 def visible(text: str) -> str:
@@ -20,3 +26,13 @@ class VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """As the base class says."""
         return "\n".join(map(visible, super().format(record).split("\n")))
+
+
+def progress(total: int, unit: str) -> tqdm[Any]:
+    """A bar of so many units, where there is a terminal."""
+    return tqdm(total=total, unit=f" {unit}", unit_scale=True, disable=None)
+
+
+def as_json(records: Sequence[Any]) -> str:
+    """Dataclasses as a list of objects."""
+    return json.dumps([dataclasses.asdict(record) for record in records], indent=1)

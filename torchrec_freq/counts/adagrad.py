@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchrec_freq.config import require_number
-from torchrec_freq.counts.state import COUNT_CEILING
+from torchrec_freq.counts.state import COUNT_CEILING, check_form
 
 LARGEST_COUNT: Final = COUNT_CEILING // 2
 """Of a table whose counts come from sums. As much is left for the occurrences to come."""
@@ -37,13 +37,7 @@ def check_sums(table: str, sums_R: Tensor) -> None:
     Raises:
         ValueError: not numbers, finite and at least 0; the message names the table.
     """
-    if sums_R.dim() != 1:
-        raise ValueError(
-            f"Table {table!r}: sums must have the shape [num_embeddings]; got "
-            f"{list(sums_R.shape)}. Row-wise Adagrad has one a row; others cannot be converted."
-        )
-    if sums_R.is_complex() or sums_R.dtype == torch.bool:
-        raise ValueError(f"Table {table!r}: sums cannot be {sums_R.dtype}.")
+    check_form(table, "sums", sums_R)
     for number, chunk_R in enumerate(sums_R.split(_CHUNK_ROWS)):
         wrong_R = ~(chunk_R.isfinite() & (chunk_R >= 0))
         if bool(wrong_R.any()):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +16,14 @@ BLOCK_IDS: Final = 1 << 18
 """Ids read at once, over all columns. A block of lists holds as many on average."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Consecutive samples of a file, and the ids in each of the columns."""
 
     samples: int
     ids: dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class DataFile:
+class DataFile(NamedTuple):
     """A file whose header has been checked.
 
     Attributes:
@@ -48,9 +45,6 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder.")
-        if not path.is_dir():
-            found.append(path)
-            continue
         inside = [
             file
             for file in sorted([*path.rglob("*_sparse.npy"), *path.rglob("*.parquet")])
@@ -58,9 +52,10 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
             and file.is_file()
         ]
-        if not inside:
+        if path.is_dir() and not inside:
             raise ValueError(f"{path}: no *_sparse.npy or *.parquet file in this folder.")
-        found += inside
+        found += inside if path.is_dir() else [path]
+    seen: set[Path] = set()
     for path in found:
         if not path.is_file():
             raise ValueError(f"{path}: a pipe or device; give a file.")
@@ -70,11 +65,9 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(
                 f"{found[0]} and {path} are of different formats; count them separately."
             )
-    seen: dict[Path, Path] = {}
-    for path in found:
         if path.resolve() in seen:
             raise ValueError(f"{path}: named twice; its ids would count twice.")
-        seen[path.resolve()] = path
+        seen.add(path.resolve())
     return found
 
 
@@ -124,15 +117,10 @@ def _open_parquet(path: Path) -> DataFile:
             f"{path}: reading Parquet needs pyarrow: pip install pyarrow, or torchrec-freq[parquet]"
         ) from error
 
-    def is_list(kind: Any) -> bool:
-        return bool(
-            pa.types.is_list(kind)
-            or pa.types.is_large_list(kind)
-            or pa.types.is_fixed_size_list(kind)
-        )
+    lists = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
     def holds_ids(kind: Any) -> bool:
-        return bool(pa.types.is_integer(kind.value_type if is_list(kind) else kind))
+        return bool(pa.types.is_integer(kind.value_type if isinstance(kind, lists) else kind))
 
     try:
         with pq.ParquetFile(path) as file:
@@ -156,7 +144,7 @@ def _open_parquet(path: Path) -> DataFile:
                     for column in columns:
                         values = batch.column(column)
                         # A missing list is an empty one; what a missing id stands for is not known.
-                        values = values.flatten() if is_list(values.type) else values
+                        values = values.flatten() if isinstance(values.type, lists) else values
                         if values.null_count:
                             raise ValueError(
                                 f"{path}: column {column!r} has missing ids (null). Fill them as "
@@ -175,12 +163,8 @@ _OPENERS: Final = {".npy": _open_npy, ".parquet": _open_parquet}
 
 def _block_samples(metadata: Any, columns: Sequence[str]) -> int:
     """Samples of a Parquet file with about ``BLOCK_IDS`` ids."""
-    ids = 0
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for index in range(row_group.num_columns):
-            chunk = row_group.column(index)
-            if chunk.path_in_schema.split(".")[0] in columns:
-                ids += chunk.num_values
-    samples: int = metadata.num_rows
-    return max(BLOCK_IDS * samples // max(ids, 1), 1)
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
+    ids = sum(c.num_values for c in chunks if c.path_in_schema.split(".")[0] in columns)
+    samples: int = BLOCK_IDS * metadata.num_rows // max(ids, 1)
+    return max(samples, 1)

@@ -26,7 +26,6 @@ _VERSION: Final = "2"
 # The first version has neither squares nor checksums; its steps say nothing to the rule.
 _READABLE: Final = ("1", _VERSION)
 _DTYPES: Final = ("I32", "I64")
-_BLOCK_ROWS: Final = 1 << 22
 # The name under which the format itself keeps text.
 _RESERVED: Final = "__metadata__"
 
@@ -75,6 +74,8 @@ def save_counts(
         OSError: the file cannot be written, or ``path`` is a folder, pipe or device.
     """
     squares = squares or {}
+    if not counts:
+        raise ValueError("No counts to save: give at least one table.")
     for name, value in squares.items():
         if name not in counts:
             raise ValueError(f"Table {name!r} has squares but no counts: give both.")
@@ -82,25 +83,24 @@ def save_counts(
             raise ValueError(
                 f"Invalid squares of table {name!r}: {value!r}. Must be a finite number >= 0."
             )
-    if not counts:
-        raise ValueError("No counts to save: give at least one table.")
-    metadata = {"format": _FORMAT, "version": _VERSION}
-    if squares:
-        metadata["squares"] = json.dumps({name: float(squares[name]) for name in squares})
     tensors: dict[str, Tensor] = {}
+    checksums: dict[str, int] = {}
     storages: set[int] = set()
     for name, counts_R in counts.items():
-        tensor_R = _storable(name, counts_R)
+        if not isinstance(name, str) or not name or name == _RESERVED:
+            raise ValueError(f"A file of counts cannot hold a table of name {name!r}: rename it.")
+        check_counts(name, counts_R)
+        tensor_R = counts_R.detach().to("cpu", torch.int32).contiguous()
         # The library refuses tensors that share storage, even where they do not overlap.
         if tensor_R.numel() and tensor_R.untyped_storage().data_ptr() in storages:
             tensor_R = tensor_R.clone()
         storages.add(tensor_R.untyped_storage().data_ptr())
         tensors[name] = tensor_R
-    checksums = {
-        name: _checksum(counts_R, _checksum_of_header(name, len(counts_R), squares.get(name)))
-        for name, counts_R in tensors.items()
-    }
-    metadata["crc32"] = json.dumps(checksums)
+        start = _checksum_of_header(name, len(tensor_R), squares.get(name))
+        checksums[name] = _checksum(tensor_R, start)
+    metadata = {"format": _FORMAT, "version": _VERSION, "crc32": json.dumps(checksums)}
+    if squares:
+        metadata["squares"] = json.dumps({name: float(squares[name]) for name in squares})
     with writing(path) as file:
         try:
             save_file(tensors, file, metadata)
@@ -124,13 +124,10 @@ def load_counts(path: str | os.PathLike[str]) -> CountsFile:
         OSError: the file is missing, cannot be read, or is no regular file.
     """
     reader = CountsReader(path)
-    counts = {}
-    for name, rows in reader.rows.items():
-        counts[name] = torch.empty(rows, dtype=torch.int64)
-        first = 0
-        for block_R in reader.blocks(name, _BLOCK_ROWS):
-            counts[name][first : first + len(block_R)] = block_R
-            first += len(block_R)
+    counts = {name: torch.empty(rows, dtype=torch.int64) for name, rows in reader.rows.items()}
+    for name, counts_R in counts.items():
+        for first, block_R in reader.blocks(name):
+            counts_R[first : first + len(block_R)] = block_R
     return CountsFile(counts, reader.squares)
 
 
@@ -148,7 +145,7 @@ class CountsReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         # Where there is a pipe, opening it would wait for a writer.
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         weakref.finalize(self, os.close, descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path} is a folder, pipe or device. Name a file of counts.")
@@ -156,30 +153,39 @@ class CountsReader:
         self._name = f"/dev/fd/{descriptor}"
         with self._open() as file:
             metadata = file.metadata() or {}
-            _check_metadata(self._path, metadata)
-            names = file.keys()
-            self.rows = {name: self._rows_of(file, name) for name in names}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{path} is a safetensors file, but not one of counts: its format is "
+                    f"{metadata.get('format')!r} instead of {_FORMAT!r}. Counts are written by "
+                    "torchrec_freq.save_counts and python -m torchrec_freq count."
+                )
+            if metadata.get("version") not in _READABLE:
+                raise ValueError(
+                    f"{path} holds counts in version {metadata.get('version')!r} of the format; "
+                    f"this torchrec_freq reads up to {_VERSION!r}. Upgrade torchrec_freq."
+                )
+            self.rows = {name: self._rows_of(file, name) for name in file.keys()}  # noqa: SIM118
         self.squares: dict[str, float] = self._by_table(metadata, "squares") or {}
         if not all(name in self.rows and _is_square(x) for name, x in self.squares.items()):
-            raise ValueError(f"{self._path} is damaged: its squares are {self.squares}.")
+            raise ValueError(f"{path} is damaged: its squares are {self.squares}.")
         self._checksums = self._by_table(metadata, "crc32")
         unchecked = metadata["version"] == "1" and self._checksums is None
         if not unchecked and (self._checksums or {}).keys() != self.rows.keys():
             raise ValueError(f"{path} is damaged: its checksums are not those of its tables.")
 
-    def blocks(self, name: str, block_rows: int) -> Iterator[Tensor]:
+    def blocks(self, name: str, block_rows: int = 1 << 22) -> Iterator[tuple[int, Tensor]]:
         """A table's counts, ``block_rows`` rows after another.
 
         Yields:
-            int32 or int64 [rows of the block], which nothing else refers to. The checksum is
-            compared after the last one.
+            first row, and int32 or int64 [rows of the block], which nothing else refers to. The
+            checksum is compared after the last one.
         """
         rows = self.rows[name]
         checksum = _checksum_of_header(name, rows, self.squares.get(name))
-        for start in range(0, rows, block_rows):
+        for first in range(0, rows, block_rows):
             # Opened anew for each block, or what has been read stays mapped.
             with self._open() as file:
-                counts_R = file.get_slice(name)[start : start + block_rows].clone()
+                counts_R = file.get_slice(name)[first : first + block_rows].clone()
             try:
                 check_counts(name, counts_R)
             except ValueError as error:
@@ -188,7 +194,7 @@ class CountsReader:
                     "torchrec_freq."
                 ) from error
             checksum = _checksum(counts_R, checksum)
-            yield counts_R
+            yield first, counts_R
         if self._checksums is not None and self._checksums[name] != checksum:
             raise ValueError(
                 f"{self._path} is damaged: the counts of table {name!r} do not have the checksum "
@@ -227,29 +233,6 @@ class CountsReader:
                 "torchrec_freq.save_counts."
             )
         return int(shape[0])
-
-
-def _storable(name: str, counts_R: Tensor) -> Tensor:
-    """``counts_R`` as a contiguous int32 tensor on the CPU, itself where it is one."""
-    if not isinstance(name, str) or not name or name == _RESERVED:
-        raise ValueError(f"A file of counts cannot hold a table of name {name!r}: rename it.")
-    check_counts(name, counts_R)
-    return counts_R.detach().to("cpu", torch.int32).contiguous()
-
-
-def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Refuses other files, and those of a later version."""
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is a safetensors file, but not one of counts: its format is "
-            f"{metadata.get('format')!r} instead of {_FORMAT!r}. Counts are written by "
-            "torchrec_freq.save_counts and python -m torchrec_freq count."
-        )
-    if metadata.get("version") not in _READABLE:
-        raise ValueError(
-            f"{path} holds counts in version {metadata.get('version')!r} of the format; this "
-            f"torchrec_freq reads up to {_VERSION!r}. Upgrade torchrec_freq."
-        )
 
 
 def _is_square(value: Any) -> bool:

@@ -60,7 +60,7 @@ class Tally:
         self._added = 0
         self._counts: dict[str, Tensor] = {}
         for table, count in self.rows.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            if type(count) is not int or count < 1:
                 raise ValueError(f"Table {table!r}: rows must be a whole number >= 1; got {count}.")
             try:
                 self._counts[table] = torch.zeros(count, dtype=torch.int32)
@@ -101,13 +101,13 @@ class Tally:
         rows = self.rows[table]
         # uint64 alone has numbers that int64 has not.
         wide_L = ids_L if ids_L.dtype == np.uint64 else ids_L.astype(np.int64)
+        if self.modulo:
+            wide_L = wide_L % wide_L.dtype.type(rows)
         least, most = int(wide_L.min()), int(wide_L.max())
         if least < 0 or most >= rows:
-            if not self.modulo:
-                raise ValueError(
-                    f"{where}: id {least if least < 0 else most} is out of range: table {table!r} "
-                    f"has {rows} rows, for ids of 0 to {rows - 1}. Give more rows, or modulo if "
-                    "training takes ids modulo the rows."
-                )
-            wide_L = wide_L % wide_L.dtype.type(rows)
+            raise ValueError(
+                f"{where}: id {least if least < 0 else most} is out of range: table {table!r} has "
+                f"{rows} rows, for ids of 0 to {rows - 1}. Give more rows, or modulo if training "
+                "takes ids modulo the rows."
+            )
         return wide_L.astype(np.int64, copy=False)

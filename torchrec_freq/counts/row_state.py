@@ -75,10 +75,8 @@ class RowState(torch.Tensor):
         return list(self.shards)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        parts = ", ".join(
-            f"{shard.row_offset}:{shard.row_offset + shard.tensor.numel()}" for shard in self.shards
-        )
-        return f"RowState(rows={self.shape[0]}, here={parts})"
+        parts = [f"{first}:{first + rows}" for first, rows in self._layout()]
+        return f"RowState(rows={self.shape[0]}, here={', '.join(parts)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowState:
         return _map(self, torch.clone)
@@ -113,22 +111,20 @@ class RowState(torch.Tensor):
     # What torch.distributed.checkpoint asks of a tensor that knows its own layout.
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size([shard.row_offset])),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=_chunk(shard),
-                    properties=TensorProperties.create_from_tensor(shard.tensor),
-                    size=self.size(),
-                ),
-            )
-            for shard in self.shards
-            if shard.primary and shard.tensor.numel()
-        ]
+        items = []
+        for shard, chunk in zip(self._filled(), self.__create_chunk_list__(), strict=True):
+            if shard.primary:
+                properties = TensorProperties.create_from_tensor(shard.tensor)
+                data = TensorWriteData(chunk, properties, self.size())
+                index = MetadataIndex(fqn, chunk.offsets)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return items
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(shard) for shard in self._filled()]
+        return [
+            ChunkStorageMetadata(torch.Size([shard.row_offset]), shard.tensor.size())
+            for shard in self._filled()
+        ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         filled = self._filled()
@@ -140,20 +136,18 @@ class RowState(torch.Tensor):
         assert index.offset is not None
         return next(s.tensor for s in filled if s.row_offset == index.offset[0])
 
+    def _layout(self) -> list[tuple[int, int]]:
+        return [(shard.row_offset, shard.tensor.numel()) for shard in self.shards]
+
     def _filled(self) -> list[RowShard]:
         return [shard for shard in self.shards if shard.tensor.numel()]
 
 
-_VIEWS: Final = frozenset((aten.detach.default, aten.alias.default))
-_COPIES: Final = frozenset(
-    (
-        aten.clone.default,
-        aten._to_copy.default,
-        aten.empty_like.default,
-        aten.zeros_like.default,
-        aten._pin_memory.default,
-    )
-)
+_VIEWS: Final = {aten.detach.default, aten.alias.default}
+_COPIES: Final = {
+    *(aten.clone.default, aten._to_copy.default, aten._pin_memory.default),
+    *(aten.empty_like.default, aten.zeros_like.default),
+}
 
 
 def _map(state: RowState, function: Callable[[Tensor], Tensor]) -> RowState:
@@ -168,10 +162,7 @@ def _copy(target: RowState, source: Tensor) -> RowState:
             f"{list(target.shape)} rows"
         )
     if isinstance(source, RowState):
-        if [s.row_offset for s in source.shards] != [s.row_offset for s in target.shards] or any(
-            a.tensor.shape != b.tensor.shape
-            for a, b in zip(source.shards, target.shards, strict=True)
-        ):
+        if source._layout() != target._layout():
             raise ValueError(
                 f"{source!r} was saved by a rank of another sharding plan than {target!r}. Load it "
                 "with torch.distributed.checkpoint, which fits it to this plan."
@@ -183,10 +174,6 @@ def _copy(target: RowState, source: Tensor) -> RowState:
         for shard in target.shards:
             shard.tensor.copy_(source.narrow(0, shard.row_offset, shard.tensor.numel()))
     return target
-
-
-def _chunk(shard: RowShard) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size([shard.row_offset]), shard.tensor.size())
 
 
 def _rebuild(rows: int, parts: list[tuple[int, bool, Tensor]]) -> RowState:

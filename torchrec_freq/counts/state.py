@@ -49,6 +49,41 @@ class TableState:
     age: int
 
 
+def totals_of(
+    squares: float, count: float, rows_seen: float, occurrences: float | None = None
+) -> Tensor:
+    """The totals of a table whose squares come with counts.
+
+    Args:
+        squares: sum of the mean squares of the rows' gradients.
+        count: sum of the counts.
+        rows_seen: rows with a count.
+        occurrences: that the squares stand for; None where that is not known. Each row with a count
+            had one: the limit of what an occurrence adds is then too large at first, never too
+            small.
+
+    Returns:
+        float64 [4].
+    """
+    known = rows_seen if occurrences is None else occurrences
+    return torch.tensor([STATE_FORMAT, squares, count, known], dtype=torch.float64)
+
+
+def check_form(table: str, what: str, values_R: Tensor) -> None:
+    """Refuses what cannot be a number a row, for the checks of counts and of sums.
+
+    Raises:
+        ValueError: another shape or type; the message names the table.
+    """
+    if values_R.dim() != 1:
+        raise ValueError(
+            f"Table {table!r}: {what} must have the shape [num_embeddings], a number a row; got "
+            f"{list(values_R.shape)}."
+        )
+    if values_R.is_complex() or values_R.dtype == torch.bool:
+        raise ValueError(f"Table {table!r}: {what} cannot be {values_R.dtype}.")
+
+
 def check_counts(table: str, counts_R: Tensor) -> None:
     """Refuses what cannot be the counts of a table.
 
@@ -58,13 +93,7 @@ def check_counts(table: str, counts_R: Tensor) -> None:
     Raises:
         ValueError: not whole numbers from 0 to ``COUNT_CEILING``; the message names the table.
     """
-    if counts_R.dim() != 1:
-        raise ValueError(
-            f"Table {table!r}: counts must have the shape [num_embeddings]; got "
-            f"{list(counts_R.shape)}."
-        )
-    if counts_R.is_complex() or counts_R.dtype == torch.bool:
-        raise ValueError(f"Table {table!r}: counts cannot be {counts_R.dtype}.")
+    check_form(table, "counts", counts_R)
     if counts_R.is_floating_point() and not bool((counts_R.frac() == 0).all()):
         raise ValueError(f"Table {table!r}: counts must be whole numbers, without NaN or infinity.")
     least, most = (int(value) for value in counts_R.aminmax()) if counts_R.numel() else (0, 0)
@@ -72,6 +101,11 @@ def check_counts(table: str, counts_R: Tensor) -> None:
         raise ValueError(
             f"Table {table!r}: counts must lie in 0 to {COUNT_CEILING}; got {least} to {most}."
         )
+
+
+def are_totals(totals: Tensor) -> bool:
+    """Whether numbers can be a table's totals: finite, and at least 0."""
+    return bool((totals.isfinite() & (totals >= 0)).all())
 
 
 def table_names(stems: Sequence[str]) -> list[str]:
@@ -83,10 +117,8 @@ def table_names(stems: Sequence[str]) -> list[str]:
     forms = []
     for stem in stems:
         match = _SHARDED.fullmatch(stem)
-        table = match["table"] if match else stem
-        forms.append(
-            (table, f"{match['path']}.{table}" if match and match["path"] else table, stem)
-        )
+        path, table = (match["path"], match["table"]) if match else (None, stem)
+        forms.append((table, f"{path}.{table}" if path else table, stem))
     uses = [Counter(level) for level in zip(*forms, strict=True)]
     return [next(f for f, use in zip(form, uses, strict=True) if use[f] == 1) for form in forms]
 
@@ -116,23 +148,17 @@ def check_state(table: str, states: Mapping[str, Any], rows: int) -> None:
             "Load the model's weights and the row counters alone, and give these to "
             "torchrec_freq.load_row_counts(model, counts); docs/checkpoints.md shows how."
         )
-    totals = states[TABLE_TOTALS]
+    counts, totals = states[ROW_COUNTER], states[TABLE_TOTALS]
+    numbers, age = f"{TABLE_TOTALS} are {totals.tolist()}", int(states[ROW_COUNTER_AGE])
+    wrong = None
     if tuple(totals.shape) != (TOTALS,) or float(totals[0]) != STATE_FORMAT:
-        raise ValueError(
-            f"The {TABLE_TOTALS} of {table!r} are {totals.tolist()}, not of format {STATE_FORMAT}: "
-            f"damaged, or of a later torchrec_freq. Upgrade it, or start anew. {advice}"
-        )
-    if not bool((torch.isfinite(totals) & (totals >= 0)).all()):
-        raise ValueError(
-            f"The {TABLE_TOTALS} of {table!r} must be finite and at least 0; got "
-            f"{totals.tolist()}. {advice}"
-        )
-    if int(states[ROW_COUNTER_AGE]) < 0:
-        raise ValueError(
-            f"The {ROW_COUNTER_AGE} of {table!r} must be at least 0; got "
-            f"{int(states[ROW_COUNTER_AGE])}. {advice}"
-        )
-    counts = states[ROW_COUNTER]
+        wrong = f"{numbers}, not of format {STATE_FORMAT}: damaged, or of a later version (upgrade)"
+    elif not are_totals(totals):
+        wrong = f"{numbers}; they must be finite and at least 0"
+    elif age < 0:
+        wrong = f"{ROW_COUNTER_AGE} is {age}; it must be at least 0"
+    if wrong:
+        raise ValueError(f"The optimizer state of {table!r} cannot be used: {wrong}. {advice}")
     if tuple(counts.shape) != (rows,):
         raise ValueError(
             f"Table {table!r} has {rows} rows; got row counters of shape {list(counts.shape)}."

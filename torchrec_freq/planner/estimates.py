@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -76,18 +78,14 @@ def make_planner(
     batch_size = batch_size or BATCH_SIZE
     traffic = {name: traffic_of(name, values) for name, values in (counts or {}).items()}
     known = _with_statistics(dict(constraints or {}), traffic, topology, batch_size)
+    estimators = [
+        FrequencyPerfEstimator(topology, known, traffic=traffic),
+        EmbeddingStorageEstimator(topology, known),
+    ]
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
-        enumerator=EmbeddingEnumerator(
-            topology,
-            batch_size,
-            known,
-            estimator=[
-                FrequencyPerfEstimator(topology, known, traffic=traffic),
-                EmbeddingStorageEstimator(topology, known),
-            ],
-        ),
+        enumerator=EmbeddingEnumerator(topology, batch_size, known, estimator=estimators),
         constraints=known,
         **{"stats": FrequencyStats(), **kwargs},
     )
@@ -153,22 +151,13 @@ class _ByShare:
         return 1 / self._share if self._share else float("inf")
 
 
-class _RowWise(_ByShare, RowWiseEvaluator):
-    pass
-
-
-class _TableRowWise(_ByShare, TableRowWiseEvaluator):
-    pass
-
-
-class _GridShard(_ByShare, GridShardEvaluator):
-    pass
-
-
 _BY_SHARE: Final[Mapping[str, type[Any]]] = {
-    ShardingType.ROW_WISE.value: _RowWise,
-    ShardingType.TABLE_ROW_WISE.value: _TableRowWise,
-    ShardingType.GRID_SHARD.value: _GridShard,
+    kind.value: type(evaluator.__name__, (_ByShare, evaluator), {})
+    for kind, evaluator in (
+        (ShardingType.ROW_WISE, RowWiseEvaluator),
+        (ShardingType.TABLE_ROW_WISE, TableRowWiseEvaluator),
+        (ShardingType.GRID_SHARD, GridShardEvaluator),
+    )
 }
 
 
@@ -182,11 +171,10 @@ class FrequencyStats(EmbeddingStats):
         """Logs the report, as ``EmbeddingStats`` does."""
         data = getattr(kwargs.get("enumerator"), "_sharder_data_map", {})
         ours = [option for option in best_plan if is_ours(option, data)]
-        self._counter_bytes: dict[str, int] = {}
+        self._counter_bytes: Counter[str] = Counter()
         for option in ours:
-            bytes_ = COUNTER_BYTES * sum(shard.size[0] for shard in option.shards)
-            kernel = option.compute_kernel
-            self._counter_bytes[kernel] = self._counter_bytes.get(kernel, 0) + bytes_
+            rows = sum(shard.size[0] for shard in option.shards)
+            self._counter_bytes[option.compute_kernel] += COUNTER_BYTES * rows
         with without_optimizer({id(o.tensor): o.tensor for o in ours}.values()):
             super().log(*args, best_plan=best_plan, **kwargs)
 
@@ -252,18 +240,12 @@ def _with_statistics(
     for name, table in traffic.items():
         own = constraints.get(name) or ParameterConstraints()
         inputs = len(own.pooling_factors)
-        lookups = topology.world_size * sum(
-            ids * poolings * samples
-            for ids, poolings, samples in zip(
-                own.pooling_factors,
-                own.num_poolings or [NUM_POOLINGS] * inputs,
-                own.batch_sizes or [batch_size] * inputs,
-                strict=True,
-            )
-        )
+        poolings = own.num_poolings or [NUM_POOLINGS] * inputs
+        samples = own.batch_sizes or [batch_size] * inputs
+        lookups = sum(map(math.prod, zip(own.pooling_factors, poolings, samples, strict=True)))
         cache = copy.copy(own.cache_params) or CacheParams(load_factor=UVM_CACHING_RATIO)
         if cache.stats is None:
             algorithm = cache.algorithm or CacheAlgorithm.LRU
-            cache.stats = cache_statistics(table, lookups, algorithm)
+            cache.stats = cache_statistics(table, topology.world_size * lookups, algorithm)
         constraints[name] = dataclasses.replace(own, cache_params=cache)
     return constraints

@@ -29,11 +29,8 @@ OPTIMIZERS: Final[Mapping[str, type[torch.optim.Optimizer]]] = {
     "Adam": torch.optim.Adam,
 }
 
-
-HBM_KERNELS: Final = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
-
-
-CACHED: Final = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
+_HBM_KERNELS: Final = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
+_CACHED: Final = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +75,9 @@ def plan(
         The plan in HBM; if there is none, the one with cached tables in host memory.
     """
     search = _Search(spec, optimizer, counts, timeout_seconds)
-    if search.run(spec.constraints(HBM_KERNELS)):
+    if search.run(spec.constraints(_HBM_KERNELS)):
         return search.result("in HBM")
-    if not search.run(spec.constraints([*HBM_KERNELS, CACHED])):
+    if not search.run(spec.constraints([*_HBM_KERNELS, _CACHED])):
         return Result(optimizer=optimizer, fits="no", seconds=search.seconds)
     if counts is not None:
         # TorchRec divides the memory for caches over tables of which all else is settled.
@@ -143,12 +140,15 @@ class _Search(FrequencyStats):
     def result(self, fits: str) -> Result:
         """Figures of the last plan."""
         ranks = self._spec.cluster.ranks
-        hbm, ddr, step = [0] * ranks, [0] * ranks, [0.0] * ranks
-        for option in self.options:
-            for shard in option.shards:
-                hbm[shard.rank] += shard.storage.hbm
-                ddr[shard.rank] += shard.storage.ddr
-                step[shard.rank] += shard.perf.total
+        hbm, ddr, step, read = [0] * ranks, [0] * ranks, [0.0] * ranks, [0.0] * ranks
+        for shard in (shard for option in self.options for shard in option.shards):
+            hbm[shard.rank] += shard.storage.hbm
+            ddr[shard.rank] += shard.storage.ddr
+            step[shard.rank] += shard.perf.total
+        if self._counts is not None:
+            ids = {table.name: sum(table.pooling_factors) for table in self._spec.tables}
+            for load in shard_loads(self.plan, self._counts):
+                read[load.rank] += ids[load.table] * load.share * load.columns
         return Result(
             optimizer=self._optimizer,
             fits=fits,
@@ -159,17 +159,8 @@ class _Search(FrequencyStats):
             load_factors={
                 option.name: option.cache_load_factor or UVM_CACHING_RATIO
                 for option in self.options
-                if option.compute_kernel == CACHED
+                if option.compute_kernel == _CACHED
             },
-            imbalance=self._imbalance(),
+            imbalance=max(read) * ranks / sum(read) if sum(read) else None,
             seconds=self.seconds,
         )
-
-    def _imbalance(self) -> float | None:
-        if self._counts is None:
-            return None
-        ids = {table.name: sum(table.pooling_factors) for table in self._spec.tables}
-        read = [0.0] * self._spec.cluster.ranks
-        for load in shard_loads(self.plan, self._counts):
-            read[load.rank] += ids[load.table] * load.share * load.columns
-        return max(read) * len(read) / sum(read) if sum(read) else None

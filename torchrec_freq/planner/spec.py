@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +35,16 @@ MOST_RANKS: Final = 4096
 """With as many, TorchRec's planner takes most of a minute to its first plan; its time grows with
 the ranks."""
 
-
-# Of rows, samples, gigabytes and such: above all hardware, and below what overflows.
 _MOST: Final = 10**12
-
+"""Of rows, samples, gigabytes and such: above all hardware, and below what overflows."""
 
 _DTYPES: Final = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+
+
+def _check(name: str, value: Any, most: int = _MOST, *, whole: bool = False) -> None:
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value <= most:
+        number = "a whole number >= 1" if whole else "a number above 0"
+        raise ValueError(f"{name} must be {number} and <= {most}; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,32 +65,22 @@ class TableSpec:
     pooling: float | Sequence[float] = 1
 
     def __post_init__(self) -> None:
+        table = f"table {self.name!r}"
         try:
             torch.nn.ModuleDict({self.name: torch.nn.Identity()})  # as TorchRec will
         except KeyError as error:
-            raise ValueError(
-                f"table {self.name!r}: a module cannot have this name: {error.args[0]}"
-            ) from error
-        for field, value, most in (("rows", self.rows, _MOST), ("dim", self.dim, 1 << 16)):
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(
-                    f"table {self.name!r}: {field} must be a whole number >= 1 and <= {most}; got "
-                    f"{value!r}"
-                )
+            raise ValueError(f"{table}: a module cannot have this name: {error.args[0]}") from error
+        _check(f"{table}: rows", self.rows, whole=True)
+        _check(f"{table}: dim", self.dim, 1 << 16, whole=True)
         if self.dim % 4:
-            raise ValueError(f"table {self.name!r}: dim must be a multiple of 4; got {self.dim}")
+            raise ValueError(f"{table}: dim must be a multiple of 4; got {self.dim}")
         if self.dtype not in _DTYPES:
             raise ValueError(
-                f"table {self.name!r}: dtype must be one of {', '.join(_DTYPES)}; got "
-                f"{self.dtype!r}"
+                f"{table}: dtype must be one of {', '.join(_DTYPES)}; got {self.dtype!r}"
             )
-        if not self.pooling_factors or not all(
-            type(ids) in (int, float) and 0 < ids <= _MOST for ids in self.pooling_factors
-        ):
-            raise ValueError(
-                f"table {self.name!r}: pooling must be above 0 and <= {_MOST}, or a list of such "
-                f"numbers; got {self.pooling!r}"
-            )
+        factors: list[Any] = self.pooling_factors
+        for ids in factors or [factors]:
+            _check(f"{table}: pooling, or each of a list,", ids)
 
     @property
     def pooling_factors(self) -> list[float]:
@@ -118,27 +111,13 @@ class Cluster:
     inter_host_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "ranks_per_host"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"cluster: {name} must be a whole number >= 1; got {value!r}")
-        if self.ranks > MOST_RANKS:
-            raise ValueError(
-                f"cluster: ranks must be <= {MOST_RANKS}; got {self.ranks}. TorchRec's planner "
-                "takes minutes to hours for its first plan on more"
-            )
-        if type(self.reserved) not in (int, float) or not 0 <= self.reserved < 1:
-            raise ValueError(f"cluster: reserved must be 0 to below 1; got {self.reserved!r}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if (
-                field.name != "reserved"
-                and value is not None
-                and not (type(value) in (int, float) and 0 < value <= _MOST)
-            ):
-                raise ValueError(
-                    f"cluster: {field.name} must be a number above 0 and <= {_MOST}; got {value!r}"
-                )
+        for name, value in vars(self).items():
+            if name == "reserved":
+                if type(value) not in (int, float) or not 0 <= value < 1:
+                    raise ValueError(f"cluster: reserved must be 0 to below 1; got {value!r}")
+            elif value is not None:
+                most = MOST_RANKS if name == "ranks" else _MOST
+                _check(f"cluster: {name}", value, most, whole=name.startswith("ranks"))
         if self.ranks % self.per_host:
             raise ValueError(
                 f"cluster: ranks must be a multiple of ranks_per_host ({self.per_host}); got "
@@ -166,9 +145,8 @@ class Cluster:
             hbm_to_ddr_mem_bw=rate(self.hbm_to_ddr_bandwidth),
         )
         trainer = TrainerConfig(world_size=self.ranks, local_world_size=self.per_host)
-        return TopologyFactory.create_topology(
-            trainer, hardware, KernelConfig(compute_device="cuda")
-        )
+        kernels = KernelConfig(compute_device="cuda")
+        return TopologyFactory.create_topology(trainer, hardware, kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +160,9 @@ class Spec:
     batch_size: int
     tables: Sequence[TableSpec]
     cluster: Cluster
+
+    def __post_init__(self) -> None:
+        _check("batch_size", self.batch_size, whole=True)
 
     @property
     def rows(self) -> int:
@@ -216,11 +197,11 @@ class Spec:
         return collection
 
 
-def read_spec(path: Path, **overrides: Any) -> Spec:
+def read_spec(path: Path, *, batch_size: int | None = None, **cluster: Any) -> Spec:
     """A spec from a TOML file, or from the name of one in :data:`SPECS`.
 
     Args:
-        overrides: values in place of the file's, for ``batch_size`` and the cluster; None is none.
+        batch_size, cluster: values in place of the file's; None is none.
 
     Raises:
         ValueError: not a spec; the message names the file and the key.
@@ -236,34 +217,27 @@ def read_spec(path: Path, **overrides: Any) -> Spec:
         data = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
+    if batch_size is not None:
+        data["batch_size"] = batch_size
     try:
-        return _spec(data, {key: value for key, value in overrides.items() if value is not None})
+        return _spec(data, {key: value for key, value in cluster.items() if value is not None})
     except (TypeError, ValueError) as error:
         # A record's constructor names the key that it does not have, or lacks.
         raise ValueError(f"{path}: {error}".replace(".__init__()", "")) from error
 
 
-def _spec(data: dict[str, Any], overrides: Mapping[str, Any]) -> Spec:
+def _spec(data: dict[str, Any], given: Mapping[str, Any]) -> Spec:
     shared = {key: data.pop(key) for key in ("dim", "dtype", "pooling") if key in data}
     tables, cluster = data.pop("tables", None), data.pop("cluster", None)
-    if not (
-        isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)
-    ) or not isinstance(cluster, dict):
+    if not (isinstance(tables, list) and tables and isinstance(cluster, dict)) or not all(
+        isinstance(table, dict) for table in tables
+    ):
         raise ValueError("needs a list of tables, tables = [{...}], and a section [cluster]")
     names = [table.get("name") for table in tables]
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ValueError("every table needs a name of its own")
-    data |= {key: value for key, value in overrides.items() if key == "batch_size"}
-    cluster |= {key: value for key, value in overrides.items() if key != "batch_size"}
-    batch_size = data.pop("batch_size", None)
-    if type(batch_size) is not int or not 1 <= batch_size <= _MOST:
-        raise ValueError(
-            f"batch_size must be a whole number of samples >= 1 and <= {_MOST}; got {batch_size!r}"
-        )
-    if data:
-        raise ValueError(f"unknown keys: {', '.join(data)}")
     return Spec(
-        batch_size=batch_size,
+        **data,
         tables=[TableSpec(**{**shared, **table}) for table in tables],
-        cluster=Cluster(**cluster),
+        cluster=Cluster(**{**cluster, **given}),
     )

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.types import ShardedTensor
 
 from torchrec_freq.counts.adagrad import check_lookups, check_sums, counts_of_sums, sums_of_counts
-from torchrec_freq.counts.state import STATE_FORMAT, TableState, table_names
+from torchrec_freq.counts.state import TableState, table_names, totals_of
 from torchrec_freq.sharded.counts import named_tables
 from torchrec_freq.sharded.tables import FrequencyTables, Table
 
@@ -75,9 +75,8 @@ def load_adagrad_sums(
     for name, sums_R in sums.items():
         handle, table = tables[name]
         counts_R, squares = counts_of_sums(sums_R.detach().cpu(), lookups.get(name))
-        count = float(counts_R.sum())
-        occurrences = lookups.get(name, float(counts_R.count_nonzero()))
-        totals = torch.tensor([STATE_FORMAT, squares, count, occurrences], dtype=torch.float64)
+        seen = int(counts_R.count_nonzero())
+        totals = totals_of(squares, float(counts_R.sum()), seen, lookups.get(name))
         handle.load(table.name, TableState(counts_R, totals, age=0))
 
 

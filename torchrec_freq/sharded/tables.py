@@ -18,6 +18,7 @@ from torchrec_freq.counts.state import (
     TABLE_TOTALS,
     TOTALS,
     TableState,
+    totals_of,
 )
 from torchrec_freq.engine.counting import CountingTBE, Membership, require_counts
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
@@ -217,9 +218,7 @@ class FrequencyTables:
         totals = self.table_totals(name)
         totals[2] = counts_R.sum(dtype=torch.float64)
         if squares is not None:
-            # How many occurrences they come from is not known: each row with a count had one. The
-            # limit of an occurrence is then too large at first, never too small.
-            totals[1], totals[3] = squares, counts_R.count_nonzero()
+            totals.copy_(totals_of(squares, float(totals[2]), int(counts_R.count_nonzero())))
         self.age(name).zero_()
 
     def table_totals(self, name: str) -> Tensor:
