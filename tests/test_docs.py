@@ -174,13 +174,17 @@ def sbatch(command: str) -> None:
 
 
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
-    r"make (setup|demo|study|study-full|bench|test|test-next|docs)\b.*": (
+    r"make (setup|demo|study|study-full|bench|gpu|test|test-next|docs)\b.*": (
         "takes minutes, and a package index or data from the network",
         make_target,
     ),
     r"python -m benchmarks\.bench profile": (
         "takes ten seconds; tests/test_bench.py runs it on a small shape",
         program,
+    ),
+    r"python -m benchmarks\.gpu.*": (
+        "takes a GPU; tests/test_gpu.py rehearses it",
+        lambda command: program(re.sub(r" (bench|\d+)\b", "", command)),
     ),
     r"python -m benchmarks\.switch .*": (
         "takes some minutes; tests/test_switch.py does a few steps",
@@ -216,7 +220,12 @@ def write_data() -> None:
     random = np.random.default_rng(0)
     for day in range(2):
         np.save(f"day_{day}_sparse.npy", random.integers(0, 1000, (64, 26), dtype=np.int32))
-    for name in ("criteo", "examples", "launch", ".torchxconfig"):  # for commands given from the top
+    for name in (
+        "criteo",
+        "examples",
+        "launch",
+        ".torchxconfig",
+    ):  # for commands given from the top
         Path(name).symlink_to(ROOT / name)
     Path("data").mkdir()
     ids = {name: random.integers(0, 10**9, 64).tolist() for name in ("user", "item")}
