@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from torchrec_freq.counts.state import check_counts
@@ -101,6 +99,10 @@ def save_counts(
         for name, counts_R in tensors.items()
     }
     metadata["crc32"] = json.dumps(checksums)
+    # Here, so that training and benchmarks work where TorchRec does.
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with writing(path) as file:
         try:
             save_file(tensors, file, metadata)
@@ -198,6 +200,8 @@ class CountsReader:
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         """The library's view of the file, and its errors as ours."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(self._name, framework="pt") as file:
                 yield file
