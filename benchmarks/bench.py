@@ -5,10 +5,10 @@
     python -m benchmarks.bench report                                     # their tables
     python -m benchmarks.bench profile                                    # by operator, or kernel
 
-`make bench` does all of it. The optimizers take turns, a step each, on the same ids, so what
-disturbs the machine disturbs all of them; a ratio is formed within a turn, and the median of the
-turns is reported with its quartiles. On CUDA steps are timed by events, and the host waits for none
-of them; otherwise by the clock. `benchmarks.gpu` has more cases for GPUs, and makes a report.
+`make bench` does all of it. The optimizers take turns, a step each, on the same ids
+(`timing.py`); a ratio is formed within a turn, and the median of the turns is reported with its
+quartiles.
+`benchmarks.gpu` has more cases for GPUs, and makes a report.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -204,18 +204,19 @@ def bench_tbe(
     Args:
         failed: takes the optimizers that do not work, and why; None: they raise.
     """
+    step_of = _tbe_steps(shape, device)
     steps: dict[str, Step] = {}
     states: dict[str, float] = {}
     for name in TBE_OPTIMIZERS:
         try:
-            tbe, steps[name] = _tbe_step(name, shape, device)
-            steps[name](0)
+            tbe = _tbe(name, shape, device)
+            step_of(tbe)(0)
         except Exception as error:
             if failed is None:
                 raise
             failed[name] = reason(error)
-            steps.pop(name, None)
         else:
+            steps[name] = step_of(tbe)
             states[name] = _state_bytes(tbe) / (shape.tables * shape.rows)
     measured = measure(steps, device, turns, deadline)
     return results_of(("tbe", 1, device.type, shape), measured, states)
@@ -226,11 +227,11 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
-def _tbe_step(optimizer: str, shape: Shape, device: torch.device) -> tuple[Any, Step]:
-    tbe = _tbe(optimizer, shape, device)
+def _tbe_steps(shape: Shape, device: torch.device) -> Callable[[Any], Step]:
+    """Makes the steps of tables, all on the same batches."""
     batches = [_ids(shape, device, seed) for seed in range(BATCHES)]
     gradient = torch.randn(shape.batch, shape.tables * shape.dim, device=device)
-    return tbe, lambda batch: tbe(*batches[batch]).backward(gradient)
+    return lambda tbe: lambda batch: tbe(*batches[batch]).backward(gradient)
 
 
 def _tbe(optimizer: str, shape: Shape, device: torch.device) -> Any:
@@ -268,15 +269,14 @@ def _state_bytes(tbe: Any) -> int:
 
 def _ids(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     """Ids and offsets, feature by feature."""
-    generator = torch.Generator().manual_seed(seed)
+    where: Any = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     bags = shape.tables * shape.batch
-    count = bags * shape.ids
     if shape.zipf:
-        ids = (shape.rows ** torch.rand(count, generator=generator, dtype=torch.float64)).long() - 1
+        drawn = torch.rand(bags * shape.ids, dtype=torch.float64, **where)
+        ids = (shape.rows**drawn).long() - 1
     else:
-        ids = torch.randint(shape.rows, (count,), generator=generator)
-    offsets = torch.arange(bags + 1) * shape.ids
-    return ids.to(device), offsets.to(device)
+        ids = torch.randint(shape.rows, (bags * shape.ids,), **where)
+    return ids, torch.arange(bags + 1, device=device) * shape.ids
 
 
 Profile = dict[str, dict[str, tuple[float, float]]]
@@ -285,8 +285,9 @@ Profile = dict[str, dict[str, tuple[float, float]]]
 
 def profile_tbe(shape: Shape, device: torch.device, steps: int = 20) -> Profile:
     """Where a step spends its time with row-wise Adagrad, and with ours."""
+    step_of = _tbe_steps(shape, device)
     return {
-        name: spent(_tbe_step(name, shape, device)[1], device, steps) for name in (ADAGRAD, OURS)
+        name: spent(step_of(_tbe(name, shape, device)), device, steps) for name in (ADAGRAD, OURS)
     }
 
 
@@ -294,7 +295,7 @@ def profile_table(profile: Profile, lines: int = 12) -> str:
     """What a step of ours takes longer for, as Markdown; on a GPU an operator is a kernel."""
     base, ours = (defaultdict(lambda: (0.0, 0.0), profile[name]) for name in (ADAGRAD, OURS))
     largest = sorted({*base, *ours}, key=lambda name: base[name][1] - ours[name][1])
-    parts = [(f"`{name}`", [name]) for name in largest[:lines]]
+    parts = [(f"`{name[:100]}`", [name]) for name in largest[:lines]]
     parts += [("all others", largest[lines:]), ("step", largest)]
     table = [
         f"| operator | {ADAGRAD}, ms a step | {OURS} | more | {ADAGRAD}, times | {OURS} | more |",
@@ -354,8 +355,14 @@ def bench_sharded(
         steps = {name: step_of(model) for name, model in models.items()}
         states = {}
         for name, model in models.items():
-            tbes = [m for m in model.modules() if hasattr(m, "embedding_specs")]
-            state = torch.tensor(sum(map(_state_bytes, tbes)), device=device)
+            shards = [
+                shard.tensor.nbytes
+                for table in model.fused_optimizer.state_dict()["state"].values()
+                for value in table.values()
+                if hasattr(value, "local_shards")  # not the few numbers a table
+                for shard in value.local_shards()
+            ]
+            state = torch.tensor(sum(shards), device=device)
             dist.all_reduce(state)
             states[name] = int(state) / (shape.tables * shape.rows)
         measured = measure(steps, device, turns, deadline)
@@ -432,10 +439,10 @@ def table(results: list[Result]) -> str:
                 _quartiles(ours.to_adagrad),
                 f"{peak:.3f} ({mib} MiB)",
                 f"+{ours.operators - theirs.operators}",
-                kernels if ours.kernels else "",
+                kernels if ours.kernels else {"cuda": "not seen"}.get(ours.device, ""),
             ]
         lines.append("| " + " | ".join(cells) + " |")
-    dim = results[0].shape.dim
+    dim = results[0].shape.dim if results else 0
     states = {r.optimizer: f"{r.state_bytes:.4g}" for r in results if r.shape.dim == dim}
     lines += [
         "",

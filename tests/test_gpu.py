@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -114,3 +116,38 @@ def test_without_a_gpu_it_says_what_it_needs(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("Needs a GPU") and torch.__version__ in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_crashes_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the others have found stays."""
+    started: list[str] = []
+
+    def run(self: gpu.Part, module: str, *words: Any, **options: Any) -> str:
+        arguments = dict(zip(words[::2], words[1::2], strict=False))
+        started.append(arguments["--part"])
+        if started[-1] == "bench":
+            raise RuntimeError("benchmarks.gpu ended with -9: it said nothing")
+        gpu.do(started[-1], arguments["--seconds"], True, arguments["--out"])
+        return ""
+
+    monkeypatch.setattr(gpu.Part, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    options = ["--rehearse", "--seconds", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["gpu", *options])
+    assert gpu.main() == 0
+    assert started == list(gpu.PARTS)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {*gpu.PARTS} < {*report} and all(
+        report[name]["planned"] for name in {*started} - {"bench"}
+    )
+    assert "- the rest: benchmarks.gpu ended with -9" in (tmp_path / "report.md").read_text()
+
+
+def test_it_takes_no_more_than_torchrec() -> None:
+    """In an environment that trains, without the package's own requirements and extras."""
+    ours = ("safetensors", "matplotlib", "pytest", "tensorboard", "jsonargparse", "yaml", "jinja2")
+    block = f"import sys; sys.modules.update(dict.fromkeys({ours})); import benchmarks.gpu"
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=bench.REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
