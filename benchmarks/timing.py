@@ -113,11 +113,13 @@ def _timed(step: Step, batch: int, device: torch.device) -> Callable[[], float]:
     return lambda: ms
 
 
-def spent(step: Step, device: torch.device, steps: int) -> dict[str, tuple[float, float]]:
+def spent(
+    step: Step, device: torch.device, steps: int, warm_up: int = 0
+) -> dict[str, tuple[float, float]]:
     """How often a step runs each kernel, without a GPU each operator, and its ms within it."""
     on_gpu = device.type == "cuda"
     kind, where = (DeviceType.CUDA, "device") if on_gpu else (DeviceType.CPU, "cpu")
-    for _ in range(2):  # the first is to warm up
+    for _ in range(warm_up + 1):  # the profiler has to warm up, too
         with _quiet(), torch.profiler.profile() as profile:
             for number in range(steps):
                 step(number % BATCHES)
