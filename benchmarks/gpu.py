@@ -100,7 +100,7 @@ def tests(part: Part) -> Cases:
 
     files = sorted((REPOSITORY / "tests").rglob("test_*.py"))
     return {
-        file.name: functools.partial(outcomes, file)
+        str(file.relative_to(REPOSITORY)): functools.partial(outcomes, file)
         for file in files
         if "skipif(" in (text := file.read_text()) and NEEDS_GPU.search(text)
     }

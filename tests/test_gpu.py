@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -87,7 +88,7 @@ def test_an_optimizer_that_fails_does_not_take_the_others_along() -> None:
 
 
 def test_tests_are_those_that_need_a_gpu() -> None:
-    files = gpu.tests(part())
+    files = {Path(name).name: run for name, run in gpu.tests(part()).items()}
     assert {"test_engine.py", "test_sharding.py"} <= set(files)
     outcomes = files["test_engine.py"]()
     assert len(outcomes) > 10 and all("cuda" in name for name in outcomes)
@@ -95,11 +96,14 @@ def test_tests_are_those_that_need_a_gpu() -> None:
         assert set(outcomes.values()) == {"skipped: needs a CUDA device"}
 
 
-def test_processes_end_with_their_time_and_say_what_was_wrong() -> None:
+def test_processes_end_with_their_time_and_say_what_was_wrong(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"timeit was ended: the time was over"):
-        part(1).run("timeit", "-n", 1, "import time; time.sleep(100)")
+        code = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+        part(3).run("timeit", "-n", 1, "-s", "import os, time", code)
     assert time.monotonic() - start < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
     with pytest.raises(RuntimeError, match=r"ended with 1: .*No module named nothing_at_all"):
         part().run("nothing_at_all")
     with pytest.raises(RuntimeError, match=r"ended with 1: ZeroDivisionError"):
