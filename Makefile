@@ -19,7 +19,7 @@ READY    := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo study study-full bench test test-next lint format docs wheel clean distclean
+.PHONY: help setup demo study study-full bench gpu test test-next lint format docs wheel clean distclean
 
 # Ranks and test processes share the cores: one OpenMP thread each, or they slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON, VENV, STACK (2.13 or 2.14), FBGEMM (cpu or cuda), QUIET, RANKS, ARGS (of demo, study and bench)"
+	@echo "Variables: PYTHON, VENV, STACK (2.13 or 2.14), FBGEMM (cpu or cuda), QUIET, RANKS, ARGS (of demo, study, bench and gpu)"
 
 setup: $(READY)  ## create .venv with torch, FBGEMM, TorchRec and this package (once; again: make -B setup)
 
@@ -70,6 +70,10 @@ bench: setup  ## time a step with FrequencySGD beside other optimizers
 	    $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks -m benchmarks.bench sharded $(ARGS) || exit 1; \
 	done
 	@$(PY) -m benchmarks.bench report $(ARGS)
+
+# Not in .venv: in the environment that trains, which may have no network either.
+gpu:  ## time a step on this machine's GPUs with PYTHON as it is, and write a report to share
+	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 test: lint  ## lint, type-check, and run the tests
 	@$(PY) -m pytest --durations=10

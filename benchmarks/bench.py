@@ -2,31 +2,31 @@
 
     python -m benchmarks.bench tbe                                        # bare FBGEMM tables
     torchrun --standalone --nproc-per-node 2 -m benchmarks.bench sharded  # TorchRec, two ranks
-    python -m benchmarks.bench report                                     # tables and a plot
-    python -m benchmarks.bench profile                                    # by operator
+    python -m benchmarks.bench report                                     # their tables
+    python -m benchmarks.bench profile                                    # by operator, or kernel
 
-`make bench` does all of it. The optimizers take turns, a step each, on the same ids, so what
-disturbs the machine disturbs all of them; a ratio is formed within a turn, and the median of the
-turns is reported with its quartiles. On CUDA steps are timed by events, otherwise by the clock.
+`make bench` does all of it. The optimizers take turns, a step each, on the same ids
+(`timing.py`); a ratio is formed within a turn, and the median of the turns is reported with its
+quartiles.
+`benchmarks.gpu` has more cases for GPUs, and makes a report.
 """
 
 import argparse
-import contextlib
+import itertools
 import json
+import math
 import os
-import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
@@ -38,10 +38,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
+from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -51,29 +51,28 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
-from examples.demo import optimizer_bytes
+from benchmarks.timing import BATCHES, Measured, Step, measure, spent
 from torchrec_freq import FrequencyConfig, FrequencySGD
 from torchrec_freq.engine.tbe import FrequencyTBE
-from torchrec_freq.planner import make_planner
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BATCHES = 4  # different batches that take turns
 LR = 0.01
-BASE = "SGD"
+BASE, OURS = "SGD", "FrequencySGD"
 ADAGRAD = "RowWiseAdagrad"  # what a user comes from
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    BASE: torch.optim.SGD,
-    "FrequencySGD": FrequencySGD,
-    ADAGRAD: RowWiseAdagrad,
-    "Adagrad": torch.optim.Adagrad,
-}
 # The kernels of FBGEMM; ours and its counter mode are built on another one.
 TBE_OPTIMIZERS = {
     BASE: EmbOptimType.EXACT_SGD,
-    "FrequencySGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    OURS: EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "COUNTER_SGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     ADAGRAD: EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "Adagrad": EmbOptimType.EXACT_ADAGRAD,
+}
+# Those that TorchRec knows by a class.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    BASE: torch.optim.SGD,
+    OURS: FrequencySGD,
+    ADAGRAD: RowWiseAdagrad,
+    "Adagrad": torch.optim.Adagrad,
 }
 
 
@@ -83,7 +82,10 @@ class Shape:
 
     Attributes:
         batch: samples, of all ranks.
-        ids: ids in a bag; drawn evenly from the rows.
+        ids: ids in a bag.
+        zipf: row r is drawn in proportion to 1 / r; else all rows evenly.
+        half: tables of float16; else of float32.
+        cached: tables in host memory behind a cache on the GPU; without a GPU it changes nothing.
     """
 
     tables: int
@@ -91,54 +93,60 @@ class Shape:
     dim: int
     batch: int
     ids: int
+    zipf: bool = False
+    half: bool = False
+    cached: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tables} x {self.rows:,} x {self.dim}, {self.batch}, {self.ids}"
+        flags = {"Zipf": self.zipf, "fp16": self.half, "UVM caching": self.cached}
+        return ", ".join(
+            [
+                f"{self.tables} x {self.rows:,} x {self.dim}, {self.batch}, {self.ids}",
+                *(name for name, given in flags.items() if given),
+            ]
+        )
 
 
-def reference_shapes() -> list[Shape]:
-    """The shapes that the figures in the README are of."""
-    return [
-        Shape(tables=8, rows=200_000, dim=64, batch=2048, ids=10),
-        Shape(tables=26, rows=100_000, dim=64, batch=2048, ids=1),
-        Shape(tables=26, rows=100_000, dim=16, batch=4096, ids=1),
-    ]
+def variations(base: Shape, values: Mapping[str, Sequence[Any]], fields: int) -> list[Shape]:
+    """The base, what differs from it in one field, then in two, up to so many fields."""
+    found = [base]
+    for count in range(1, fields + 1):
+        for names in itertools.combinations(values, count):
+            for chosen in itertools.product(*(values[name] for name in names)):
+                found.append(replace(base, **dict(zip(names, chosen, strict=True))))
+    return found
 
 
-def sweeps() -> dict[str, list[Shape]]:
-    """Shapes that differ in one number."""
-    base = Shape(tables=4, rows=100_000, dim=64, batch=2048, ids=10)
-    values = {
-        "rows": (100_000, 1_000_000, 10_000_000),
-        "dim": (16, 64, 128, 256),
-        "batch": (128, 512, 2048, 8192),
-        "ids": (1, 4, 10, 40),
-        "tables": (1, 4, 16, 64),
-    }
-    sweeps = {
-        field: [replace(base, **{field: value}) for value in values[field]] for field in values
-    }
-    # Of the largest, one table for each optimizer is what fits in memory.
-    sweeps["rows"] = [replace(shape, tables=1) for shape in sweeps["rows"]]
-    return sweeps
-
-
-Step = Callable[[int], None]
-"""Trains on one of the ``BATCHES``."""
+REFERENCE = (  # the shapes that the figures in the README are of
+    Shape(tables=8, rows=200_000, dim=64, batch=2048, ids=10),
+    Shape(tables=26, rows=100_000, dim=64, batch=2048, ids=1),
+    Shape(tables=26, rows=100_000, dim=16, batch=4096, ids=1),
+)
+SWEEPS = variations(
+    Shape(tables=4, rows=100_000, dim=64, batch=2048, ids=10),
+    {
+        "rows": (10_000, 1_000_000),
+        "dim": (16, 128, 256),
+        "batch": (128, 512, 8192),
+        "ids": (1, 4, 40),
+        "tables": (1, 16, 32),
+    },
+    fields=1,
+)
 
 
 @dataclass
 class Result:
-    """How the steps of an optimizer compare with those of SGD, on one shape.
+    """How the steps of an optimizer compare with those of others, on one shape.
 
     Attributes:
-        ratio: quartiles of step time over that of SGD in the same turn.
-        to_adagrad: the same over that of row-wise Adagrad; empty where it did not take part.
+        ratio: quartiles of step time over that of SGD in the same turn; empty where it is missing.
+        to_adagrad: the same over that of row-wise Adagrad.
         ms: median.
+        turns: steps that were timed.
         state_bytes: of the optimizer, a row.
-        peak_bytes: most memory that a step takes besides what is there before.
-        operators: torch operators of a step that are no mere views, each a kernel launch on a GPU;
-            those inside FBGEMM's and DDP's own operators are not seen.
+
+    The others are those of :class:`~benchmarks.timing.Measured`.
     """
 
     workload: str
@@ -146,152 +154,96 @@ class Result:
     device: str
     shape: Shape
     optimizer: str
+    state_bytes: float
     ratio: list[float]
     to_adagrad: list[float]
     ms: float
-    state_bytes: float
+    turns: int
     peak_bytes: int
     operators: int
+    kernels: float
+    kernel_ms: float
 
 
-def measure(
-    steps: dict[str, Step], device: torch.device, turns: int, warm_up: int = 4
-) -> dict[str, tuple[list[float], list[float], float, int, int]]:
-    """Quartiles of the ratios to ``BASE`` and ``ADAGRAD``, median ms, peak bytes and operators."""
-    order, rng = list(steps), random.Random(0)
-    for turn in range(warm_up):
-        for name in order:
-            steps[name](turn % BATCHES)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns):
-        rng.shuffle(order)  # the same on every rank
-        for name in order:
-            taken[name].append(_time(steps[name], turn % BATCHES, device))
+def results_of(
+    key: tuple[str, int, str, Shape], measured: dict[str, Measured], state: dict[str, float]
+) -> list[Result]:
+    """Those of a case: workload, ranks, device and shape."""
 
-    def ratios(ms: list[float], other: str) -> list[float]:
-        pairs = zip(ms, taken.get(other, []), strict=other in taken)
-        return statistics.quantiles([own / base for own, base in pairs]) if other in taken else []
+    def ratio(ms: list[float], other: str) -> list[float]:
+        base = measured[other].ms if other in measured else []
+        return statistics.quantiles([a / b for a, b in zip(ms, base, strict=True)]) if base else []
 
-    return {
-        name: (
-            ratios(ms, BASE),
-            ratios(ms, ADAGRAD),
-            statistics.median(ms),
-            _peak(steps[name], device),
-            _operators(steps[name]),
+    results = []
+    for name, found in measured.items():
+        ms, *rest = astuple(found)
+        quartiles = ratio(ms, BASE), ratio(ms, ADAGRAD)
+        results.append(
+            Result(*key, name, state[name], *quartiles, statistics.median(ms), len(ms), *rest)
         )
-        for name, ms in taken.items()
-    }
+    return results
 
 
-def _time(step: Step, batch: int, device: torch.device) -> float:
-    """Milliseconds."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        begin.record()
-        step(batch)
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(begin.elapsed_time(end))
-    start = time.perf_counter()
-    step(batch)
-    return (time.perf_counter() - start) * 1e3
-
-
-class _Counter(TorchDispatchMode):
-    """Counts operators that are not views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def _operators(step: Step) -> int:
-    counter = _Counter()
-    with counter:
-        step(0)
-    return counter.count
-
-
-def _peak(step: Step, device: torch.device) -> int:
-    """Bytes that a step needs at once, besides those that were allocated before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step(0)
-        torch.cuda.synchronize(device)
-        peak_bytes: int = torch.cuda.max_memory_allocated(device) - before
-        return peak_bytes
-    with _quiet(), torch.profiler.profile(profile_memory=True) as profile:
-        step(0)
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what the profiler's C++ writes to stderr whenever it starts and stops."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+def result_of(entry: dict[str, Any]) -> Result:
+    """That of ``asdict``."""
+    return Result(**{**entry, "shape": Shape(**entry["shape"])})
 
 
 # Bare tables.
 
 
-def bench_tbe(shapes: list[Shape], device: torch.device, turns: int) -> list[Result]:
-    results = []
-    for shape in tqdm(shapes, desc="bare tables", unit=" shapes"):
-        batches = [_ids(shape, device, seed) for seed in range(BATCHES)]
-        gradient = torch.randn(shape.batch, shape.tables * shape.dim, device=device)
-        tbes = {name: _tbe(name, shape, device) for name in _tbe_optimizers(shape)}
+def bench_tbe(
+    shape: Shape,
+    device: torch.device,
+    turns: int,
+    deadline: float = math.inf,
+    failed: dict[str, str] | None = None,
+) -> list[Result]:
+    """FBGEMM's tables by themselves.
 
-        def step_of(tbe: Any, batches: Any = batches, gradient: Tensor = gradient) -> Step:
-            return lambda batch: tbe(*batches[batch]).backward(gradient)
+    Args:
+        failed: takes the optimizers that do not work, and why; None: they raise.
+    """
+    step_of = _tbe_steps(shape, device)
+    steps: dict[str, Step] = {}
+    states: dict[str, float] = {}
+    for name in TBE_OPTIMIZERS:
+        try:
+            tbe = _tbe(name, shape, device)
+            step_of(tbe)(0)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = reason(error)
+        else:
+            steps[name] = step_of(tbe)
+            states[name] = _state_bytes(tbe) / (shape.tables * shape.rows)
+    measured = measure(steps, device, turns, deadline)
+    return results_of(("tbe", 1, device.type, shape), measured, states)
 
-        figures = measure({name: step_of(tbe) for name, tbe in tbes.items()}, device, turns)
-        for name, tbe in tbes.items():
-            ratio, to_adagrad, ms, *rest = figures[name]
-            state = _tbe_state_bytes(tbe) / (shape.tables * shape.rows)
-            key = ("tbe", 1, device.type, shape, name)
-            results.append(Result(*key, ratio, to_adagrad, ms, state, *rest))
-    return results
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
-def _tbe_optimizers(shape: Shape) -> list[str]:
-    names = list(TBE_OPTIMIZERS)
-    # Five copies of the largest tables do not fit in memory.
-    return names if shape.tables * shape.rows * shape.dim <= 2**28 else [*names[:2], ADAGRAD]
+def _tbe_steps(shape: Shape, device: torch.device) -> Callable[[Any], Step]:
+    """Makes the steps of tables, all on the same batches."""
+    batches = [_ids(shape, device, seed) for seed in range(BATCHES)]
+    gradient = torch.randn(shape.batch, shape.tables * shape.dim, device=device)
+    return lambda tbe: lambda batch: tbe(*batches[batch]).backward(gradient)
 
 
 def _tbe(optimizer: str, shape: Shape, device: torch.device) -> Any:
-    on_gpu = device.type == "cuda"
-    place = (
-        (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
-        if on_gpu
-        else (EmbeddingLocation.HOST, ComputeDevice.CPU)
-    )
+    place = (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    if device.type == "cuda":
+        on_gpu = EmbeddingLocation.MANAGED_CACHING if shape.cached else EmbeddingLocation.DEVICE
+        place = (on_gpu, ComputeDevice.CUDA)
     specs = [(shape.rows, shape.dim, *place)] * shape.tables
     options: dict[str, Any] = {"learning_rate": LR, "device": device}
-    if optimizer == "FrequencySGD":
+    if shape.half:
+        options["weights_precision"] = SparseType.FP16
+    if optimizer == OURS:
         return FrequencyTBE(specs, frequency=FrequencyConfig(), **options)
     if optimizer == "COUNTER_SGD":
         options |= {
@@ -305,7 +257,7 @@ def _tbe(optimizer: str, shape: Shape, device: torch.device) -> Any:
     )
 
 
-def _tbe_state_bytes(tbe: Any) -> int:
+def _state_bytes(tbe: Any) -> int:
     if isinstance(tbe, FrequencyTBE):
         return tbe.counts.nbytes
     if tbe.optimizer == EmbOptimType.EXACT_SGD:
@@ -317,56 +269,54 @@ def _tbe_state_bytes(tbe: Any) -> int:
 
 def _ids(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     """Ids and offsets, feature by feature."""
-    generator = torch.Generator().manual_seed(seed)
+    where: Any = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     bags = shape.tables * shape.batch
-    ids = torch.randint(shape.rows, (bags * shape.ids,), generator=generator)
-    offsets = torch.arange(bags + 1) * shape.ids
-    return ids.to(device), offsets.to(device)
+    if shape.zipf:
+        drawn = torch.rand(bags * shape.ids, dtype=torch.float64, **where)
+        ids = (shape.rows**drawn).long() - 1
+    else:
+        ids = torch.randint(shape.rows, (bags * shape.ids,), **where)
+    return ids, torch.arange(bags + 1, device=device) * shape.ids
 
 
-def profile_tbe(shape: Shape, device: torch.device, steps: int = 20, lines: int = 12) -> str:
-    """Where a step takes longer than with row-wise Adagrad, by operator, as Markdown."""
-    batches = [_ids(shape, device, seed) for seed in range(BATCHES)]
-    gradient = torch.randn(shape.batch, shape.tables * shape.dim, device=device)
-    base = _ms_by_operator(ADAGRAD, shape, batches, gradient, steps)
-    ours = _ms_by_operator("FrequencySGD", shape, batches, gradient, steps)
-    pairs = {name: (base.get(name, 0.0), ours.get(name, 0.0)) for name in base | ours}
-    largest = sorted(pairs, key=lambda name: pairs[name][0] - pairs[name][1])[:lines]
-    rows = {f"`{name}`": pairs[name] for name in largest}
-    total = (sum(base.values()), sum(ours.values()))
-    rest = [whole - sum(part[i] for part in rows.values()) for i, whole in enumerate(total)]
-    rows |= {"all others": (rest[0], rest[1]), "step": total}
-    table = ["| operator, ms a step | RowWiseAdagrad | FrequencySGD | more |", "|---|---|---|---|"]
-    table += [f"| {name} | {a:.2f} | {b:.2f} | {b - a:.2f} |" for name, (a, b) in rows.items()]
-    return "\n".join([f"{shape}:", "", *table, ""])
+Profile = dict[str, dict[str, tuple[float, float]]]
+"""What :func:`spent` finds, by optimizer."""
 
 
-def _ms_by_operator(
-    optimizer: str,
-    shape: Shape,
-    batches: list[tuple[Tensor, Tensor]],
-    gradient: Tensor,
-    steps: int,
-) -> dict[str, float]:
-    """Time within each operator itself in a step: of the GPU's where there is one."""
-    tbe = _tbe(optimizer, shape, gradient.device)
-    for _ in range(2):  # the first steps warm up
-        with _quiet(), torch.profiler.profile() as profile:
-            for step in range(steps):
-                tbe(*batches[step % BATCHES]).backward(gradient)
-    where = "device" if gradient.is_cuda else "cpu"
-    times: dict[str, float] = defaultdict(float)
-    for event in profile.key_averages():
-        # What autograd spends on an operator is a part of it.
-        name = event.key.removeprefix("autograd::engine::evaluate_function: ")
-        times[name] += getattr(event, f"self_{where}_time_total") / (1e3 * steps)
-    return times
+def profile_tbe(shape: Shape, device: torch.device, steps: int = 20) -> Profile:
+    """Where a step spends its time with row-wise Adagrad, and with ours."""
+    step_of = _tbe_steps(shape, device)
+    return {
+        name: spent(step_of(_tbe(name, shape, device)), device, steps, warm_up=1)
+        for name in (ADAGRAD, OURS)
+    }
+
+
+def profile_table(profile: Profile, lines: int = 12) -> str:
+    """What a step of ours takes longer for, as Markdown; on a GPU an operator is a kernel."""
+    base, ours = (defaultdict(lambda: (0.0, 0.0), profile[name]) for name in (ADAGRAD, OURS))
+    largest = sorted({*base, *ours}, key=lambda name: base[name][1] - ours[name][1])
+    parts = [(f"`{name[:100]}`", [name]) for name in largest[:lines]]
+    parts += [("all others", largest[lines:]), ("step", largest)]
+    table = [
+        f"| operator | {ADAGRAD}, ms a step | {OURS} | more | {ADAGRAD}, times | {OURS} | more |",
+        "|---" * 7 + "|",
+    ]
+    for title, names in parts:
+        cells = []
+        for number, digits in ((1, 3), (0, 1)):
+            a, b = (sum(of[name][number] for name in names) for of in (base, ours))
+            cells += [f"{value:.{digits}f}" for value in (a, b, b - a)]
+        table.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(table)
 
 
 # Sharded modules.
 
 
-def bench_sharded(shape: Shape, device: torch.device, turns: int) -> list[Result]:
+def bench_sharded(
+    shape: Shape, device: torch.device, turns: int, deadline: float = math.inf
+) -> list[Result]:
     """A collection alone, and the DLRM around it; this rank's part of the batch."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     names = [f"t{i}" for i in range(shape.tables)]
@@ -379,45 +329,70 @@ def bench_sharded(shape: Shape, device: torch.device, turns: int) -> list[Result
         labels = torch.randint(2, (local.batch,)).float()
         batches.append((dense.to(device), features.to(device), labels.to(device)))
     gradient = torch.randn(local.batch, shape.tables * shape.dim, device=device)
+    criterion = nn.BCEWithLogitsLoss()
+
+    def collection_step(model: DistributedModelParallel) -> Step:
+        return lambda batch: model(batches[batch][1]).values().backward(gradient)
+
+    def dlrm_step(model: DistributedModelParallel) -> Step:
+        dense_optimizer = KeyedOptimizerWrapper(
+            dict(in_backward_optimizer_filter(model.named_parameters())),
+            lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        )
+
+        def step(batch: int) -> None:
+            dense, features, labels = batches[batch]
+            dense_optimizer.zero_grad()
+            criterion(model(dense, features).squeeze(1), labels).backward()
+            dense_optimizer.step()
+
+        return step
+
     results = []
-    for workload in ("collection", "DLRM"):
-        steps: dict[str, Step] = {}
-        models: dict[str, DistributedModelParallel] = {}
-        for optimizer, kind in OPTIMIZERS.items():
-            models[optimizer], steps[optimizer] = _model(
-                workload, kind, shape, names, batches, gradient, device
-            )
+    for workload, step_of in {"collection": collection_step, "DLRM": dlrm_step}.items():
+        models = {name: _model(workload, name, names, shape, device) for name in OPTIMIZERS}
         if rank == 0:
             print(f"{workload} on {ranks} ranks: {turns} turns", flush=True)
-        figures = measure(steps, device, turns)
-        for optimizer, (ratio, to_adagrad, ms, *rest) in figures.items():
-            state = optimizer_bytes(models[optimizer]) / (shape.tables * shape.rows)
-            key = (workload, ranks, device.type, shape, optimizer)
-            results.append(Result(*key, ratio, to_adagrad, ms, state, *rest))
+        steps = {name: step_of(model) for name, model in models.items()}
+        states = {}
+        for name, model in models.items():
+            shards = [
+                shard.tensor.nbytes
+                for table in model.fused_optimizer.state_dict()["state"].values()
+                for value in table.values()
+                if hasattr(value, "local_shards")  # not the few numbers a table
+                for shard in value.local_shards()
+            ]
+            state = torch.tensor(sum(shards), device=device)
+            dist.all_reduce(state)
+            states[name] = int(state) / (shape.tables * shape.rows)
+        measured = measure(steps, device, turns, deadline)
+        results += results_of((workload, ranks, device.type, shape), measured, states)
     return results
 
 
 def _model(
-    workload: str,
-    optimizer: type[torch.optim.Optimizer],
-    shape: Shape,
-    names: list[str],
-    batches: list[tuple[Tensor, KeyedJaggedTensor, Tensor]],
-    gradient: Tensor,
-    device: torch.device,
-) -> tuple[DistributedModelParallel, Step]:
-    collection = EmbeddingBagCollection(
-        tables=[
-            EmbeddingBagConfig(
-                name=name, feature_names=[name], num_embeddings=shape.rows, embedding_dim=shape.dim
-            )
-            for name in names
-        ],
-        device=torch.device("meta"),
+    workload: str, optimizer: str, names: list[str], shape: Shape, device: torch.device
+) -> DistributedModelParallel:
+    """Whole tables, one rank after the other."""
+    tables = [
+        EmbeddingBagConfig(
+            name=name, feature_names=[name], num_embeddings=shape.rows, embedding_dim=shape.dim
+        )
+        for name in names
+    ]
+    collection = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+    apply_optimizer_in_backward(OPTIMIZERS[optimizer], collection.parameters(), {"lr": LR})
+    sharder = EmbeddingBagCollectionSharder()
+    plan = construct_module_sharding_plan(
+        collection,
+        {name: table_wise(rank=i % dist.get_world_size()) for i, name in enumerate(names)},
+        sharder=sharder,
+        device_type=device.type,
     )
-    apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": LR})
-    module: nn.Module = collection
+    module, path = collection, ""
     if workload == "DLRM":
+        path = "sparse_arch.embedding_bag_collection"
         module = DLRM(
             collection,
             dense_in_features=13,
@@ -425,107 +400,66 @@ def _model(
             over_arch_layer_sizes=[512, 512, 256, 1],
             dense_device=device,
         )
-    planner = make_planner(
-        batch_size=shape.batch // dist.get_world_size(),
-        constraints={
-            name: ParameterConstraints(
-                sharding_types=["table_wise"],
-                compute_kernels=["fused"],
-                pooling_factors=[float(shape.ids)],
-            )
-            for name in names
-        },
+    return DistributedModelParallel(
+        module, device=device, plan=ShardingPlan({path: plan}), sharders=[sharder]
     )
-    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
-    plan = planner.collective_plan(module, sharders, dist.group.WORLD)
-    model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
-
-    if workload == "collection":
-
-        def step(batch: int) -> None:
-            model(batches[batch][1]).values().backward(gradient)
-
-        return model, step
-
-    dense_optimizer = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(model.named_parameters())),
-        lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-    )
-    criterion = nn.BCEWithLogitsLoss()
-
-    def train(batch: int) -> None:
-        dense, features, labels = batches[batch]
-        dense_optimizer.zero_grad()
-        criterion(model(dense, features).squeeze(1), labels).backward()
-        dense_optimizer.step()
-
-    return model, train
 
 
 # Report.
 
 
 def table(results: list[Result]) -> str:
-    """Ratios, a line a workload and shape."""
+    """Times and ratios, a line a workload and shape."""
     optimizers = list(TBE_OPTIMIZERS)
-    lines = [
-        "| workload, ranks | tables x rows x dim, batch, ids a bag | SGD, ms | "
-        + " | ".join(optimizers[1:])
-        + " | of RowWiseAdagrad | peak | operators |",
-        "|---" * (len(optimizers) + 5) + "|",
+    titles = [
+        "workload, ranks",
+        "tables x rows x dim, batch, ids a bag",
+        f"{BASE}, ms",
+        f"{ADAGRAD}, ms",
+        f"{OURS}, ms",
+        *optimizers[1:],
+        f"of {ADAGRAD}",
+        "peak",
+        "operators",
+        "kernels",
     ]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for key in dict.fromkeys((r.workload, r.ranks, r.shape) for r in results):
         of = {r.optimizer: r for r in results if (r.workload, r.ranks, r.shape) == key}
-        base, ours, theirs = of[BASE], of["FrequencySGD"], of[ADAGRAD]
-        cells = [f"{key[0]}, {key[1]}", str(key[2]), f"{base.ms:.1f}"]
-        ratios = [of[name].ratio if name in of else [] for name in optimizers[1:]]
-        for quartiles in [*ratios, ours.to_adagrad]:
-            low, middle, high = quartiles or (0, 0, 0)
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})" if quartiles else "")
-        weights = key[2].tables * key[2].rows * key[2].dim * 4 / key[1]
-        state = ours.state_bytes * key[2].tables * key[2].rows / key[1]
-        peak = (weights + state + ours.peak_bytes) / (weights + state + theirs.peak_bytes)
-        cells += [f"{peak:.3f}", f"+{ours.operators - theirs.operators}"]
+        cells = [f"{key[0]}, {key[1]}", str(key[2])]
+        cells += [f"{of[name].ms:.3g}" if name in of else "" for name in (BASE, ADAGRAD, OURS)]
+        cells += [_quartiles(of[name].ratio) if name in of else "" for name in optimizers[1:]]
+        if OURS in of and ADAGRAD in of:
+            ours, theirs = of[OURS], of[ADAGRAD]
+            weights = key[2].tables * key[2].rows * key[2].dim * (2 if key[2].half else 4) / key[1]
+            state = ours.state_bytes * key[2].tables * key[2].rows / key[1]
+            peak = (weights + state + ours.peak_bytes) / (weights + state + theirs.peak_bytes)
+            mib = " to ".join(f"{r.peak_bytes / 2**20:.0f}" for r in (theirs, ours))
+            kernels = " to ".join(f"{r.kernels:.0f} ({r.kernel_ms:.3g} ms)" for r in (theirs, ours))
+            cells += [
+                _quartiles(ours.to_adagrad),
+                f"{peak:.3f} ({mib} MiB)",
+                f"+{ours.operators - theirs.operators}",
+                kernels if ours.kernels else {"cuda": "not seen"}.get(ours.device, ""),
+            ]
         lines.append("| " + " | ".join(cells) + " |")
-    states = {r.optimizer: f"{r.state_bytes:.4g}" for r in results if r.shape.dim == 64}
+    dim = results[0].shape.dim if results else 0
+    states = {r.optimizer: f"{r.state_bytes:.4g}" for r in results if r.shape.dim == dim}
     lines += [
         "",
-        "Median ratio to SGD in a turn (quartiles), and that of FrequencySGD to RowWiseAdagrad. "
-        "Peak: memory of tables, state and step, FrequencySGD / RowWiseAdagrad. Operators: those "
-        "that a step of FrequencySGD has more.",
-        "State, bytes a row of 64 columns: "
+        f"Median ratio to {BASE} in a turn (quartiles), and that of {OURS} to {ADAGRAD}. Peak: "
+        f"memory of tables, state and step, {OURS} / {ADAGRAD} (that of the step alone, {ADAGRAD} "
+        f"to {OURS}). Operators: those that a step of {OURS} has more. Kernels of a step and the "
+        f"time within them, {ADAGRAD} to {OURS}.",
+        f"State, bytes a row of {dim} columns: "
         + ", ".join(f"{name} {size}" for name, size in states.items())
         + ".",
     ]
     return "\n".join(lines)
 
 
-def plot(results: list[Result], path: Path) -> None:
-    """How a step grows with each number of the shape: ratio to SGD, and ms."""
-    matplotlib.use("Agg")  # a file, no window
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        2, len(sweeps()), figsize=(16, 6), sharey="row", layout="constrained"
-    )
-    for column, (field, shapes) in enumerate(sweeps().items()):
-        for name in dict.fromkeys(r.optimizer for r in results):
-            found = {r.shape: r for r in results if r.optimizer == name and r.workload == "tbe"}
-            if not (points := [found[shape] for shape in shapes if shape in found]):
-                continue
-            x = [getattr(point.shape, field) for point in points]
-            panels[0][column].plot(x, [p.ratio[1] for p in points], marker=".", label=name)
-            panels[1][column].plot(x, [p.ms for p in points], marker=".", label=name)
-        for panel in panels[:, column]:
-            panel.set(xlabel=field, xscale="log")
-            panel.grid(alpha=0.3)
-        panels[1][column].set(yscale="log")
-    panels[0][0].set(ylabel="step / step of SGD")
-    panels[1][0].set(ylabel="step, ms")
-    if panels[0][0].lines:
-        panels[0][0].legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _quartiles(ratio: list[float]) -> str:
+    return f"{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})" if ratio else ""
 
 
 def save(results: list[Result], path: Path) -> None:
@@ -540,7 +474,7 @@ def load(folder: Path) -> list[Result]:
     ]
     if not found:
         raise SystemExit(f"{folder} has no results; run `make bench`.")
-    return [Result(**{**entry, "shape": Shape(**entry["shape"])}) for entry in found]
+    return [result_of(entry) for entry in found]
 
 
 def parse() -> argparse.Namespace:
@@ -549,7 +483,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("what", choices=["tbe", "sharded", "report", "profile"])
     parser.add_argument("--turns", type=int, default=40, help="steps of each optimizer and shape")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="sharded: stop after them")
     parser.add_argument("--reference", action="store_true", help="tbe: the reference shapes alone")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=5,
+        metavar=("TABLES", "ROWS", "DIM", "BATCH", "IDS"),
+        help="sharded: instead of the first reference shape",
+    )
     parser.add_argument(
         "--out", type=Path, default=REPOSITORY / "runs" / "bench", metavar="DIR", help="results"
     )
@@ -560,28 +502,26 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.what == "report":
-        results = load(args.out)
-        print(table(results))
-        plot(results, args.out / "bench.png")
-        print(f"Wrote {args.out / 'bench.png'}")
+        print(table(load(args.out)))
         return
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if args.what == "profile":
-        for shape in reference_shapes():
-            print(profile_tbe(shape, device))
+        for shape in REFERENCE:
+            print(f"{shape}:\n\n{profile_table(profile_tbe(shape, device))}\n")
         return
     if args.what == "tbe":
-        shapes = reference_shapes()
-        if not args.reference:
-            shapes += [shape for sweep in sweeps().values() for shape in sweep]
-        save(bench_tbe(list(dict.fromkeys(shapes)), device, args.turns), args.out / "tbe.json")
+        shapes = REFERENCE if args.reference else [*REFERENCE, *SWEEPS]
+        bar = tqdm(dict.fromkeys(shapes), desc="bare tables", unit=" shapes")
+        results = [result for shape in bar for result in bench_tbe(shape, device, args.turns)]
+        save(results, args.out / "tbe.json")
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(dist.get_rank())
-    results = bench_sharded(reference_shapes()[0], device, args.turns)
+    shape = Shape(*args.shape) if args.shape else REFERENCE[0]
+    results = bench_sharded(shape, device, args.turns, time.monotonic() + args.seconds)
     if dist.get_rank() == 0:
         save(results, args.out / f"sharded-{dist.get_world_size()}.json")
     dist.barrier()  # no rank leaves while another still talks to it

@@ -174,13 +174,17 @@ def sbatch(command: str) -> None:
 
 
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
-    r"make (setup|demo|study|study-full|bench|test|test-next|docs|wheel)\b.*": (
+    r"make (setup|demo|study|study-full|bench|gpu|test|test-next|docs|wheel)\b.*": (
         "takes minutes, and a package index or data from the network",
         make_target,
     ),
     r"python -m benchmarks\.bench profile": (
         "takes ten seconds; tests/test_bench.py runs it on a small shape",
         program,
+    ),
+    r"python -m benchmarks\.gpu.*": (
+        "takes a GPU; tests/test_gpu.py rehearses it",
+        lambda command: program(re.sub(r" (bench|\d+)\b", "", command)),
     ),
     r"python -m benchmarks\.switch .*": (
         "takes some minutes; tests/test_switch.py does a few steps",

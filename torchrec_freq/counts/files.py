@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from torchrec_freq.counts.state import check_counts
@@ -101,6 +99,10 @@ def save_counts(
     metadata = {"format": _FORMAT, "version": _VERSION, "crc32": json.dumps(checksums)}
     if squares:
         metadata["squares"] = json.dumps({name: float(squares[name]) for name in squares})
+    # Here, so that training and benchmarks work where TorchRec does.
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with writing(path) as file:
         try:
             save_file(tensors, file, metadata)
@@ -204,6 +206,8 @@ class CountsReader:
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         """The library's view of the file, and its errors as ours."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(self._name, framework="pt") as file:
                 yield file

@@ -196,7 +196,7 @@ class CountingTBE:
         if self.frequency.count == "frozen":
             return
         before_L = self.counts.index_select(0, rows_L)
-        count_occurrences_(self.counts, rows_L, missed_L.to(torch.int32))
+        count_occurrences_(self.counts, rows_L, missed_L)
         if self.frequency.count == "batches":  # once a row, and not where it was counted already
             assert loan.after_L is not None
             added_L = (self.counts.index_select(0, rows_L) - before_L).clamp_(max=1)
@@ -227,9 +227,8 @@ class CountingTBE:
         if lookups.trained_L is None:
             occurrences_F = lookups.lengths_F
         else:
-            trained_L = lookups.trained_L.to(torch.float32)
-            entering_L *= trained_L
-            occurrences_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, trained_L)
+            entering_L *= lookups.trained_L
+            occurrences_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, lookups.trained_L)
         squares_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, entering_L)
         if self.frequency.count == "samples":
             counts_F = occurrences_F

@@ -36,7 +36,7 @@ class Lookups:
         lengths_F: [features] lookups of each feature.
         feature_L: [lookups] ascending.
         rows_L: int64 [lookups] positions among the rows of all tables of the TBE.
-        trained_L: int32 [lookups], 1 where the lookup counts, else 0; None where all do. One does
+        trained_L: float32 [lookups], 1 where the lookup counts, else 0; None where all do. One does
             where its gradient is not 0: a masked loss or padding trains nothing. (A gradient below
             1e-22, whose square is 0 in float32, is taken for 0.) Where a shard does not see all
             columns, those of a feature count together; where none can be seen (VBE), all do.
@@ -116,7 +116,7 @@ class Layout:
         """``trained_L`` and ``touched_F`` of :class:`Lookups`."""
         trained_L = None
         if grad is None:
-            trained_L = torch.zeros(len(feature_L), dtype=torch.int32, device=feature_L.device)
+            trained_L = torch.zeros(len(feature_L), device=feature_L.device)
         elif batch.bag_starts_F is not None:
             pass  # which part of the output a bag is, is FBGEMM's secret
         elif not self.pooled:
@@ -126,14 +126,14 @@ class Layout:
             lengths_B = batch.offsets.diff()
             trained_L = torch.repeat_interleave(trained_B, lengths_B, output_size=len(feature_L))
         if batch.weights_L is not None:
-            weighted_L = batch.weights_L.ne(0).to(torch.int32)
+            weighted_L = batch.weights_L.ne(0).to(torch.float32)
             trained_L = weighted_L if trained_L is None else weighted_L * trained_L
         if self.split_F is None or trained_L is None:
             return trained_L, None
-        touched_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, trained_L.to(torch.float32))
+        touched_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, trained_L)
         together_F = self.split_F.logical_and(touched_F > 0)
         together_L = together_F.index_select(0, feature_L)
-        return trained_L.logical_or(together_L).to(torch.int32), touched_F
+        return trained_L.logical_or(together_L).to(torch.float32), touched_F
 
     def _all_have_gradient(self, grad: Tensor) -> bool:
         """True if a look at one column a feature shows that every bag has one; for the CPU.
@@ -153,7 +153,7 @@ def has_gradient(grad: Tensor, dims: Sequence[int]) -> Tensor:
         dims: columns of each feature.
 
     Returns:
-        int32 [batch, features].
+        float32 [batch, features].
     """
     parts_B = []
     first = column = 0
@@ -170,7 +170,7 @@ def has_gradient(grad: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def _nonzero_rows(grad: Tensor) -> Tensor:
-    """int32 [...] of [..., columns]: 1 where a column is not 0."""
+    """float32 [...] of [..., columns]: 1 where a column is not 0."""
     # The one reduction that is fast on a CPU, too; NaN and infinity are not 0.
     norm: Tensor = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32)
-    return norm.ne(0).to(torch.int32)
+    return norm.ne_(0)

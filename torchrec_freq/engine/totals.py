@@ -10,6 +10,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import STATE_FORMAT, TOTALS
@@ -143,7 +144,7 @@ class TableTotals:
                 squares_T1, parts_T2 = self._values.narrow(1, 1, 1), self._values.narrow(1, 2, 2)
                 rates_T2 = squares_per_count(squares_T1, parts_T2).to(torch.float32)
                 per_count_T, mean_T = rates_T2.unbind(1)
-                limit_T = (SQUARE_LIMIT * mean_T).masked_fill_(mean_T == 0, torch.inf)
+                limit_T = threshold(SQUARE_LIMIT * mean_T, 0.0, torch.inf)
                 self._rates = per_count_T, limit_T
             return self._rates
 
