@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import TABLES, TableSpec, make_batch, make_collection, sample_loss, shard, to_kjt
+from plans import EIGHT_TABLES, make_plan
 from ranks import on_ranks, run_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_sharding import EIGHT_TABLES, make_plan
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.utils.tensorboard import SummaryWriter

@@ -20,7 +20,7 @@ from torchrec_freq import COUNT_CEILING
 from torchrec_freq.analysis.traffic import BLOCKS, Policy, TableTraffic, _bin_of
 from torchrec_freq.planner import cache_statistics
 
-MOVIELENS = Path(__file__).resolve().parent.parent / ".data" / "ml-100k"
+MOVIELENS = Path(__file__).resolve().parents[2] / ".data" / "ml-100k"
 LOAD_FACTORS = (0.01, 0.05, 0.2, 0.5)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
-from test_demo import write_recbole
+from ratings import write_recbole
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel

@@ -204,7 +204,7 @@ def test_interrupted(tmp_path: Path, where: str) -> None:
 
 
 def test_interrupted_while_it_starts(tmp_path: Path) -> None:
-    process = program("doctor", cwd=Path(__file__).parents[1])
+    process = program("doctor", cwd=Path(__file__).parents[2])
     time.sleep(1)  # some seconds of imports
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)

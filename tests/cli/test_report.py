@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import TABLES, Pair
+from plans import make_plan
 from ranks import run_on_ranks
 from safetensors.torch import save_file
-from test_sharding import make_plan
 from torch import Tensor
 
 from torchrec_freq import COUNT_CEILING, FrequencyConfig, cli, save_counts

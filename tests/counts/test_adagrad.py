@@ -24,8 +24,8 @@ from models import (
     shard,
     to_kjt,
 )
+from plans import make_plan
 from ranks import on_ranks, run_on_ranks
-from test_sharding import make_plan
 from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder

@@ -19,10 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import TABLES, Pair
+from plans import make_plan
 from ranks import on_ranks
+from reference import seed
 from safetensors.numpy import load_file, save_file
-from test_counts import seed
-from test_sharding import make_plan
 
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from models import full_weights
 from ranks import on_ranks
-from test_train import BATCH, GIVEN, ROWS, STEPS, arguments, built, run, write
 from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
+from training import BATCH, GIVEN, ROWS, STEPS, arguments, built, run, write
 
 from criteo.config import parse
 from criteo.start import start

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import zipfile
@@ -16,69 +15,23 @@ from typing import Any
 
 import pytest
 import torch
+from ratings import (
+    ITEMS,
+    RATINGS,
+    USERS,
+    items,
+    ratings,
+    write_1m,
+    write_100k,
+    write_recbole,
+)
 
 from examples import movielens
-from examples.movielens import AGE_GROUPS, GENRES, LIKED, read
+from examples.movielens import GENRES, LIKED, read
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-RATINGS, USERS, ITEMS = 400, 30, 50
+REPOSITORY = Path(__file__).resolve().parents[2]
 BATCH = 32
 STEPS = RATINGS * 8 // 10 // BATCH
-
-# MovieLens as its three layouts share it; every item has two genres.
-_random = random.Random(0)
-_users = [
-    (str(id_), str(_random.choice((1, *AGE_GROUPS))), _random.choice("MF"), id_ % 5, f"{id_}2345")
-    for id_ in range(1, USERS + 1)
-]
-_items = [
-    # One item has no release year, as in the published files.
-    (str(id_), f"Amélie {id_}", "" if id_ == 7 else str(1970 + id_), _random.sample(GENRES, 2))
-    for id_ in range(1, ITEMS + 1)
-]
-_ratings = [
-    [str(_random.randint(1, most)) for most in (USERS, ITEMS, 5)] + [str(880_000_000 + 3571 * n)]
-    for n in range(RATINGS)
-]
-
-
-def write_recbole(folder: Path) -> None:
-    occupations = ["artist", "doctor", "educator", "lawyer", "writer"]
-    users = [(id_, age, gender, occupations[job], zip_) for id_, age, gender, job, zip_ in _users]
-    items = [
-        (id_, title, year or "unkonwn", " ".join(genres)) for id_, title, year, genres in _items
-    ]
-    write(folder / "ml-100k.inter", "\t", [["user_id:token", "", "", ""], *_ratings])
-    write(folder / "ml-100k.user", "\t", [["user_id:token", "", "", "", ""], *users])
-    write(folder / "ml-100k.item", "\t", [["item_id:token", "", "", ""], *items])
-
-
-def write_100k(folder: Path) -> None:
-    write(folder / "u.data", "\t", _ratings)
-    write(folder / "u.user", "|", [(*user[:3], f"job {user[3]}", user[4]) for user in _users])
-    items = [
-        (id_, titled(title, year), "01-Jan-1995", "", "", *(int(g in genres) for g in GENRES))
-        for id_, title, year, genres in _items
-    ]
-    write(folder / "u.item", "|", items)
-
-
-def write_1m(folder: Path) -> None:
-    write(folder / "ratings.dat", "::", _ratings)
-    users = [(id_, gender, age, job, zip_) for id_, age, gender, job, zip_ in _users]
-    write(folder / "users.dat", "::", users)
-    items = [(id_, titled(title, year), "|".join(genres)) for id_, title, year, genres in _items]
-    write(folder / "movies.dat", "::", items)
-
-
-def titled(title: str, year: str) -> str:
-    return f"{title} ({year})" if year else title
-
-
-def write(path: Path, separator: str, lines: Any) -> None:
-    text = "".join(separator.join(map(str, line)) + "\n" for line in lines)
-    path.write_text(text, encoding="latin-1")
-
 
 LAYOUTS: dict[Callable[[Path], None], tuple[str, ...]] = {
     write_recbole: ("ml-100k.inter", "ml-100k.user", "ml-100k.item"),
@@ -104,7 +57,7 @@ def test_layouts_agree(layout: Callable[[Path], None], tmp_path: Path) -> None:
 def test_reads_what_was_written(tmp_path: Path) -> None:
     write_1m(tmp_path)
     data = read(tmp_path)
-    assert torch.equal(data.labels, torch.tensor([float(int(r[2]) >= LIKED) for r in _ratings]))
+    assert torch.equal(data.labels, torch.tensor([float(int(r[2]) >= LIKED) for r in ratings]))
     assert data.tables["user"] == USERS and data.tables["item"] == ITEMS
     assert len(data.train) == RATINGS * 8 // 10
     split = torch.cat([data.train, data.valid, data.test])
@@ -118,11 +71,11 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
     jagged = batch.sparse_features.to_dict()
     bags = {feature: values.to_dense() for feature, values in jagged.items()}
     assert bags.keys() == data.tables.keys()
-    for bag, (user, item, _, _) in enumerate([_ratings[5], _ratings[3]]):
+    for bag, (user, item, _, _) in enumerate([ratings[5], ratings[3]]):
         assert bags["user"][bag].tolist() == [int(user) - 1]
         assert bags["item"][bag].tolist() == [int(item) - 1]
         genres = {GENRES[genre] for genre in bags["genres"][bag].tolist()}
-        assert genres == set(_items[int(item) - 1][3])
+        assert genres == set(items[int(item) - 1][3])
 
 
 def test_limit_takes_the_first_ratings(tmp_path: Path) -> None:

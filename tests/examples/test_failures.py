@@ -6,7 +6,6 @@ What is accepted of a damaged file: an error of ours, or what was written.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing.connection
 import os
 import random
 import shutil
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import Pair, TableSpec, full_weights
-from test_sharding import make_plan
+from plans import make_plan
+from ranks import run_on_ranks
 from torch.distributed.checkpoint import FileSystemWriter
 
 from examples import checkpoint
@@ -310,36 +309,11 @@ def live_and_die(folder: Path, number: int) -> None:
     assert number == len(POINTS), f"{POINTS[number]} was not reached"
 
 
-def life(folder: Path, number: int) -> tuple[list[int], str]:
-    """Exit codes of two ranks that run until one is dead, and what they said."""
-    context, errors = ranks._context, ranks._context.Queue()
-    processes = []
-    (folder / "store").unlink(missing_ok=True)
-    for rank in range(2):
-        arguments = (rank, 2, 1, str(folder), __name__, "live_and_die")
-        keywords = {"folder": folder, "number": number}
-        process: Any = context.Process(
-            target=ranks._run_rank, args=(*arguments, keywords, errors), daemon=True
-        )
-        process.start()
-        processes.append(process)
-    multiprocessing.connection.wait([process.sentinel for process in processes], 60)
-    if number == len(POINTS):
-        for process in processes:
-            process.join(60)
-    for process in processes:
-        process.kill()
-        process.join()
-    said = "" if errors.empty() else errors.get()
-    return [process.exitcode for process in processes], said
-
-
 def test_killed_at_any_point_nothing_is_lost(tmp_path: Path) -> None:
     (tmp_path / "log.txt").touch()
     for number, point in enumerate(POINTS):
-        codes, said = life(tmp_path, number)
-        assert codes[point.rank] == -signal.SIGKILL, f"{point}: {codes}\n{said}"
-    codes, said = life(tmp_path, len(POINTS))
-    assert codes == [0, 0], said
+        with pytest.raises(AssertionError, match=f"^rank {point.rank} of 2: killed by SIGKILL"):
+            run_on_ranks(2, live_and_die, {"folder": tmp_path, "number": number})
+    run_on_ranks(2, live_and_die, {"folder": tmp_path, "number": len(POINTS)})
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert len(left) == KEEP and all(name.startswith("step-") for name in left)

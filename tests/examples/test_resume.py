@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -27,8 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import Pair, TableSpec
-from ranks import on_ranks
-from test_demo import RATINGS, write_recbole
+from ranks import context, on_ranks
+from ratings import RATINGS, write_recbole
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.distributed.sharding_plan import table_wise
@@ -47,10 +46,6 @@ SIGKILLED = -9
 # metadata of all, with which DCP's own part of a checkpoint is complete.
 STUCK = {"write_data": "__1_0.distcp", "finish": ".metadata"}
 TIMEOUT_SECONDS = 60
-
-_context = multiprocessing.get_context("forkserver")
-# One server for all tests: the demo imports what `ranks` asks for, and more.
-_context.set_forkserver_preload(["examples.demo", "pytest"])
 
 
 @dataclass
@@ -111,7 +106,7 @@ def start(folder: Path, *flags: str, ranks: int = 2, stuck_in: str | None = None
             "CUDA_VISIBLE_DEVICES": "",  # the CPU path, wherever the test runs
         }
         arguments = (environment, log, command, stuck_in)
-        processes.append(_context.Process(target=run_rank, args=arguments, daemon=True))
+        processes.append(context.Process(target=run_rank, args=arguments, daemon=True))
         processes[-1].start()
     return Run(processes, log)
 

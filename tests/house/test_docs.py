@@ -45,7 +45,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES_WITH_EXAMPLES = [
@@ -216,7 +216,12 @@ def write_data() -> None:
     random = np.random.default_rng(0)
     for day in range(2):
         np.save(f"day_{day}_sparse.npy", random.integers(0, 1000, (64, 26), dtype=np.int32))
-    for name in ("criteo", "examples", "launch", ".torchxconfig"):  # for commands given from the top
+    for name in (
+        "criteo",
+        "examples",
+        "launch",
+        ".torchxconfig",
+    ):  # of commands from the top
         Path(name).symlink_to(ROOT / name)
     Path("data").mkdir()
     ids = {name: random.integers(0, 10**9, 64).tolist() for name in ("user", "item")}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "torchrec_freq"
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -98,3 +98,14 @@ def test_no_import_runs_upward() -> None:
         module = module.removesuffix("__init__").rstrip(".")
         for other in imports_of(path):
             assert floor(other) <= floor(module), f"{module} imports {other}"
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several need is in a module of its own, beside the folders of tests."""
+    tests = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(tests) == sum(1 for _ in (ROOT / "tests").rglob("test_*.py")), "a name used twice"
+    for path in tests.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not tests.keys() & set(names), f"{path} imports {names}"

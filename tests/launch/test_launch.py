@@ -11,7 +11,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -26,11 +25,10 @@ from torchx.schedulers.kubernetes_scheduler import sanitize_for_serialization
 from torchx.specs.file_linter import get_fn_docstring
 from torchx.specs.finder import ComponentValidationException
 from torchx.specs.named_resources_aws import NAMED_RESOURCES
+from torchx_runs import COMPONENT, REPOSITORY, environment, run_locally, torchx
 
 from launch.components import HOSTS, dlrm
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-COMPONENT = f"{REPOSITORY / 'launch' / 'components.py'}:dlrm"
 SBATCH = REPOSITORY / "launch" / "slurm.sbatch"
 # Shells, templates and separators must leave these as they are.
 TRAINING = ["--config", "my config.yaml", "--note", """it's "2 x 2": $HOME, $(false)"""]
@@ -72,36 +70,6 @@ def said(folder: Path) -> dict[str, dict[str, Any]]:
     """What the stand-in's ranks were given, by `{restarts}-{rank}`."""
     files = sorted(folder.glob("ran-*.json"))
     return {path.stem.removeprefix("ran-"): json.loads(path.read_text()) for path in files}
-
-
-def environment(**more: str) -> dict[str, str]:
-    """That of this process on CPU, with the scripts of this Python first on PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    return kept | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""} | more
-
-
-def torchx(
-    *arguments: str, home: Path, cwd: Path = REPOSITORY, **more: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs the command, without what the user's own .torchxconfig says."""
-    command = [sys.executable, "-m", "torchx.cli.main", *arguments]
-    more["HOME"] = str(home)
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=240
-    )
-
-
-def run_locally(
-    cwd: Path, logs: Path, *arguments: str, **more: str
-) -> subprocess.CompletedProcess[str]:
-    """`torchx run -s local_cwd launch/components.py:dlrm ARGUMENTS` in ``cwd``, to its end.
-
-    Exits with 0 if the job succeeded. What it prints has the ranks' output; torchx's log files are
-    under ``logs``.
-    """
-    command = ["run", "-s", "local_cwd", "-cfg", f"log_dir={logs}", COMPONENT, *arguments]
-    return torchx(*command, home=logs, cwd=cwd, **more)
 
 
 def job(scheduler: str, *arguments: str, **options: str) -> Any:

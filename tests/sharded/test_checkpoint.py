@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import Pair, TableSpec
+from plans import make_plan
 from ranks import on_ranks, run_on_ranks
-from test_sharding import make_plan
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.sharding_plan import column_wise
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad

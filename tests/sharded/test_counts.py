@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from models import TABLES, Pair, full_weights
+from plans import make_plan
 from ranks import on_ranks
-from reference import ReferenceTable
-from test_sharding import make_plan
+from reference import seed
 
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING, load_row_counts, row_counts
@@ -18,14 +18,6 @@ from torchrec_freq import COUNT_CEILING, load_row_counts, row_counts
 def random_counts(scale: int = 50) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {t.name: torch.randint(0, scale, (t.rows,), generator=generator) for t in TABLES}
-
-
-def seed(table: ReferenceTable, counts: torch.Tensor, squares: float | None = None) -> None:
-    table.counts.clear()
-    table.counts.update(dict(enumerate(counts.tolist())))
-    table.total, table.age = float(counts.sum()), 0
-    if squares is not None:
-        table.squares, table.occurrences = squares, float(counts.count_nonzero())
 
 
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])

@@ -19,9 +19,9 @@ from models import (
     shard,
     to_kjt,
 )
+from plans import make_plan
 from ranks import on_ranks
 from reference import Feature, ReferenceModel, ReferenceTable
-from test_sharding import make_plan
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding import EmbeddingCollectionSharder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def test_other_models_behave_as_before_the_import(tmp_path: Any) -> None:
     for imported in (False, True):
         out = tmp_path / f"{imported}.pt"
         code = STOCK_RUN.format(
-            tests=__file__.rpartition("/")[0],
+            tests=str(Path(__file__).parents[1]),
             imported=imported,
             store=tmp_path / f"store{imported}",
             out=str(out),

@@ -21,9 +21,9 @@ from models import (
     sample_loss,
     to_kjt,
 )
+from plans import make_plan
 from ranks import on_ranks
 from reference import Feature
-from test_sharding import make_plan
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.utils.checkpoint import checkpoint
 from torchrec.datasets.utils import Batch
