@@ -126,8 +126,7 @@ def _serve(rank: int, connection: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # What is here now is not garbage: a collection after each test need not look at it.
-    gc.collect()
+    # A collection after each test need not look at what is here now.
     gc.freeze()
     while True:
         try:
@@ -166,11 +165,12 @@ def _left_as_found() -> Iterator[None]:
     """Takes back what a test sets for its whole process."""
     import numpy as np
     import torch
-    import torchrec.distributed.comm
+    from torchrec.distributed import collective_utils, comm
 
     environment, folder = dict(os.environ), os.getcwd()
     random = (torch.get_rng_state(), np.random.get_state())
-    groups = dict(vars(torchrec.distributed.comm))
+    # TorchRec keeps the groups of hosts, and what it has agreed on with the first group.
+    kept = [(vars(module), dict(vars(module))) for module in (collective_utils, comm)]
     with warnings.catch_warnings(), torch.enable_grad():
         yield
     os.environ.clear()
@@ -179,5 +179,5 @@ def _left_as_found() -> Iterator[None]:
     torch.set_rng_state(random[0])
     np.random.set_state(random[1])
     torch.set_default_dtype(torch.float32)
-    # TorchRec keeps the groups of hosts.
-    vars(torchrec.distributed.comm).update(groups)
+    for now, before in kept:
+        now.update(before)

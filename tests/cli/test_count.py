@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 import tracemalloc
@@ -21,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from programs import Program
+from programs import run as run_program
 from safetensors.numpy import load_file
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
@@ -453,29 +454,19 @@ def test_without_pyarrow(
 # The command itself.
 
 
-def command(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torchrec_freq", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_command(tmp_path: Path) -> None:
     data = criteo(1000)
     np.save(tmp_path / "day_0_sparse.npy", data)
     output = tmp_path / "counts.safetensors"
-    done = command("count", tmp_path, "-o", output, "--rows", ROWS)
-    assert (done.returncode, done.stderr) == (0, "")  # no bar without a terminal
-    assert done.stdout == f"{output}: 26 tables, 1,000 samples, 26,000 ids\n"
+    done = run_program("torchrec_freq", "count", tmp_path, "-o", output, "--rows", ROWS)
+    assert done.err == ""  # no bar without a terminal
+    assert done.out == f"{output}: 26 tables, 1,000 samples, 26,000 ids\n"
     check_criteo(output, data)
     before = output.read_bytes()
-    failed = command("count", tmp_path, "-o", output, "--rows", 3)
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("python -m torchrec_freq count: error: ")
-    assert "Traceback" not in failed.stderr
+    failed = Program("torchrec_freq", ["count", tmp_path, "-o", output, "--rows", 3])
+    assert failed.wait() == [2]
+    assert failed.err.startswith("python -m torchrec_freq count: error: ")
+    assert "Traceback" not in failed.err
     assert output.read_bytes() == before
 
 
@@ -485,8 +476,8 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     terminal, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     try:
-        done = command("count", tmp_path, "-o", output, "--rows", ROWS, stderr=side)
-        assert done.returncode == 0
+        command = [sys.executable, "-m", "torchrec_freq", "count", tmp_path, "-o", output]
+        subprocess.run([*command, "--rows", str(ROWS)], stderr=side, check=True, timeout=120)
         bar = os.read(terminal, 1 << 16).decode()
     finally:
         os.close(terminal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -10,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Program
 
 ROOT = Path(__file__).parents[2]
 
 
 def doctor(*arguments: str, before: str = "") -> tuple[int, str]:
     """Exit status and output of the doctor, where ``before`` has broken something."""
-    command = ["-m", "torchrec_freq", "doctor", *arguments]
-    if before:
-        run = f"raise SystemExit(main(['doctor', *{list(arguments)}]))"
-        command = ["-c", f"from torchrec_freq.__main__ import main\n{before}\n{run}"]
-    result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    return result.returncode, result.stdout + (result.stderr if result.returncode else "")
+    broken = functools.partial(exec, before, {})
+    program = Program("torchrec_freq", ["doctor", *arguments], before=broken)
+    (status,) = program.wait()
+    return status, program.out + (program.err if status else "")
 
 
 @pytest.fixture(scope="module")

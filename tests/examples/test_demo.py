@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import run
 from ratings import (
     ITEMS,
     RATINGS,
@@ -147,16 +146,9 @@ def run_demo(out: Path, *, ranks: int) -> tuple[dict[str, Any], str]:
     data = out.parent / f"{out.name}-data"
     data.mkdir()
     write_recbole(data)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "-m", "examples.demo", "--data", str(data)]
-    command += ["--epochs", "1", "--batch-size", str(BATCH), "--out", str(out)]
-    # The CPU path, wherever the test runs.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads((out / "results.json").read_text()), run.stdout + run.stderr
+    flags = ["--data", data, "--epochs", "1", "--batch-size", BATCH, "--out", out]
+    done = run("examples.demo", *flags, ranks=ranks)
+    return json.loads((out / "results.json").read_text()), done.printed
 
 
 def test_demo(tmp_path: Path) -> None:

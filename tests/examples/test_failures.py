@@ -9,10 +9,8 @@ import hashlib
 import os
 import random
 import shutil
-import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import Pair, TableSpec, full_weights
 from plans import make_plan
+from points import Point
 from ranks import run_on_ranks
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -180,23 +179,7 @@ TABLES = [TableSpec("a", 12, 16, ["f0"]), TableSpec("b", 7, 16, ["f1", "f2"])]
 KEEP = 2
 
 
-@dataclass(frozen=True)
-class Point:
-    """Where a rank kills itself: at a call of a function, in the last save of its run.
-
-    Attributes:
-        owner, name: the function is an attribute of something.
-        call: which one of that save, from 1.
-        after: not before it, but when it has done its work.
-    """
-
-    owner: Any
-    name: str
-    call: int = 1
-    after: bool = False
-    rank: int = 0
-
-
+# In the last save of a run.
 POINTS = [
     Point(Path, "mkdir", after=True),
     Point(FileSystemWriter, "write_data"),
@@ -227,23 +210,6 @@ POINTS = [
     Point(os, "replace", call=2, after=True),
     Point(output, "sync", call=4, after=True),
 ]
-
-
-def arm(point: Point) -> None:
-    """From here on this rank dies at ``point``."""
-    function, calls = getattr(point.owner, point.name), []
-
-    def deadly(*arguments: Any, **options: Any) -> Any:
-        calls.append(point)
-        hit = len(calls) == point.call
-        if hit and not point.after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*arguments, **options)
-        if hit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(point.owner, point.name, deadly)
 
 
 def whole_state(pair: Pair) -> dict[str, torch.Tensor]:
@@ -296,7 +262,7 @@ def live_and_die(folder: Path, number: int) -> None:
         if step == start + 2 and number < len(POINTS):
             point = POINTS[number]
             if point.rank == dist.get_rank():
-                arm(point)
+                point.arm()
         checkpoints.save(step, state)
         if dist.get_rank() == 0:
             write(log, f"saved {step} -")

@@ -1,23 +1,17 @@
-"""The demo's checkpoints: killed and resumed runs end as uninterrupted ones; only whole ones count.
-
-The ranks are forked from a server that has imported the demo, not started by torchrun, so that the
-test can kill all of them at once and a start takes a second.
-"""
+"""The demo's checkpoints: killed runs end as uninterrupted ones, and only whole ones count."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import os
-import random
 import shutil
-import socket
+import signal
 import sys
-import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import Pair, TableSpec
-from ranks import context, on_ranks
+from points import Point
+from programs import Program
+from ranks import on_ranks
 from ratings import RATINGS, write_recbole
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.distributed.sharding_plan import table_wise
+from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from examples import checkpoint, demo
@@ -41,107 +38,32 @@ BATCH = 8
 EPOCHS = 3
 STEPS = EPOCHS * (RATINGS * 8 // 10 // BATCH)
 EVERY = 7  # not where the curve has its points
-SIGKILLED = -9
-# Methods of DCP's writer to get stuck in, and the last file that they write: rank 1's data, and the
-# metadata of all, with which DCP's own part of a checkpoint is complete.
-STUCK = {"write_data": "__1_0.distcp", "finish": ".metadata"}
-TIMEOUT_SECONDS = 60
+# Where a run of two ranks ends, by the call in it: at a step, at or in the second of its saves.
+LIVES = [
+    Point(KeyedOptimizerWrapper, "step", call=3 * EVERY + 7),
+    Point(FileSystemWriter, "write_data", call=2, after=True, rank=1),
+    Point(Checkpoints, "save", call=2, after=True),
+    Point(FileSystemWriter, "finish", call=2, after=True),
+    Point(Checkpoints, "save", call=2, rank=1),
+]
 
 
-@dataclass
-class Run:
-    """A run of the demo: its ranks, each a process, and the file that they print to."""
-
-    ranks: list[Any]
-    log: Path
-
-    def wait(self) -> list[int]:
-        """The exit codes."""
-        for rank in self.ranks:
-            rank.join(TIMEOUT_SECONDS)
-        codes = [rank.exitcode for rank in self.ranks]
-        self.kill()
-        return codes
-
-    def wait_until(self, reached: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not reached():
-            assert all(rank.is_alive() for rank in self.ranks), self.printed()
-            assert time.monotonic() < deadline, self.printed()
-            time.sleep(0.002)
-
-    def kill(self) -> list[int]:
-        for rank in self.ranks:
-            rank.kill()  # SIGKILL
-        for rank in self.ranks:
-            rank.join()
-        return [rank.exitcode for rank in self.ranks]
-
-    def printed(self) -> str:
-        return self.log.read_text().replace("\r", "\n")
+def live(number: int) -> None:
+    if os.environ["RANK"] == str(LIVES[number].rank):
+        LIVES[number].arm()
 
 
-def start(folder: Path, *flags: str, ranks: int = 2, stuck_in: str | None = None) -> Run:
-    """Starts the demo on the ratings in `folder`, where it also writes.
-
-    Args:
-        stuck_in: the key of `STUCK` whose second call does not return.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = ["--data", str(folder / "data"), "--out", str(folder), "--batch-size", str(BATCH)]
-    command += ["--epochs", str(EPOCHS), *flags]
-    log = folder / "log.txt"
-    log.write_text("")
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "CUDA_VISIBLE_DEVICES": "",  # the CPU path, wherever the test runs
-        }
-        arguments = (environment, log, command, stuck_in)
-        processes.append(context.Process(target=run_rank, args=arguments, daemon=True))
-        processes[-1].start()
-    return Run(processes, log)
-
-
-def run_rank(
-    environment: dict[str, str], log: Path, command: list[str], stuck_in: str | None
-) -> None:
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    sys.argv = ["demo.py", *command]
-    if stuck_in == "finish" or (stuck_in == "write_data" and environment["RANK"] == "1"):
-        get_stuck(stuck_in)
-    demo.main()
-
-
-def get_stuck(method: str) -> None:
-    whole, calls = getattr(FileSystemWriter, method), []
-
-    def stuck(*args: Any, **kwargs: Any) -> Any:
-        result = whole(*args, **kwargs)
-        calls.append(method)
-        if len(calls) == 2:
-            time.sleep(2 * TIMEOUT_SECONDS)
-        return result
-
-    setattr(FileSystemWriter, method, stuck)
+def start(folder: Path, *flags: str, ranks: int = 2, **options: Any) -> Program:
+    """Starts the demo on the ratings in `folder`, where it also writes."""
+    command = ["--data", folder / "data", "--out", folder, "--batch-size", BATCH]
+    return Program("examples.demo", [*command, "--epochs", EPOCHS, *flags], ranks=ranks, **options)
 
 
 def run(folder: Path, *flags: str, ranks: int = 2) -> dict[str, Any]:
     """The results of a run to the end, without the timings."""
     running = start(folder, *flags, ranks=ranks)
-    assert running.wait() == [0] * ranks, running.printed()
+    assert running.wait() == [0] * ranks, running.printed
+    (folder / "log.txt").write_text(running.printed)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     for arm in results["arms"].values():
         del arm["seconds_per_step"]
@@ -215,24 +137,17 @@ def test_saving_changes_nothing(reference: Path, tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed(reference: Path, tmp_path: Path) -> None:
-    """Killed at random, and while a checkpoint is written, then resumed: the same bit by bit."""
+    """Killed between, at and in saves, then resumed: the same bit by bit."""
     folder = make_folder(tmp_path)
     flags = saving(folder, EVERY)
-    chance = random.Random(0)
-    last = 0
-    for stuck_in in (None, "write_data", None, "finish", None):
-        running = start(folder, *flags, stuck_in=stuck_in)
-        running.wait_until((folder / "checkpoints" / f"step-{last + EVERY:08}").exists)
-        if stuck_in is None:
-            time.sleep(chance.uniform(0, 0.15))
-        else:
-            writing = folder / "checkpoints" / f"writing-step-{last + 2 * EVERY:08}"
-            running.wait_until((writing / STUCK[stuck_in]).exists)
-        assert running.kill() == [SIGKILLED] * 2, running.printed()
-        if stuck_in is not None:
-            assert writing.exists() and steps_saved(folder)[-1] == last + EVERY
-        assert ("Resumed from" in running.printed()) == (last > 0)
-        last = steps_saved(folder)[-1]
+    saved: list[int] = []
+    for number, point in enumerate(LIVES):
+        running = start(folder, *flags, before=functools.partial(live, number))
+        assert running.wait_for_a_death()[point.rank] == -signal.SIGKILL, running.printed
+        assert ("Resumed from" in running.printed) == (number > 0)
+        saved.append(steps_saved(folder)[-1])
+    assert saved == [EVERY * n for n in (1, 2, 4, 5, 6)]
+    last = saved[-1]
     assert last < STEPS - EVERY
 
     results = run(folder, *flags)
@@ -267,11 +182,11 @@ def test_other_settings_are_refused(reference: Path, tmp_path: Path) -> None:
     flags = saving(folder, STEPS)
     running = start(folder, *flags, "--batch-size", "16", "--seed", "1")
     assert running.wait() == [1, 1]
-    assert running.printed().count("batch size was 8, is 16; seed was 0, is 1.") == 2
+    assert running.printed.count("batch size was 8, is 16; seed was 0, is 1.") == 2
 
     running = start(folder, *flags, "--epochs", "1", ranks=1)
     assert running.wait() == [1]
-    assert f"{STEPS // 2} steps old, more than --epochs 1" in running.printed()
+    assert f"{STEPS // 2} steps old, more than --epochs 1" in running.printed
     assert steps_saved(folder) == [STEPS // 2]
 
 
