@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -66,11 +67,16 @@ def run_on_ranks(
             _wait(ours, timeout)
     except BaseException:
         # Nobody knows what state they are in.
-        for worker in _workers:
-            worker.process.kill()
-            worker.process.join()
-        _workers.clear()
+        _end_all()
         raise
+
+
+@atexit.register
+def _end_all() -> None:
+    for worker in _workers:
+        worker.process.kill()
+        worker.process.join()
+    _workers.clear()
 
 
 def _wait(workers: list[_Worker], timeout: float) -> None:
@@ -107,7 +113,7 @@ class _Worker:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+        self.process = context.Process(target=_serve, args=(rank, theirs))
         self.process.start()
         theirs.close()
 

@@ -34,7 +34,9 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from programs import run
 from ranks import on_ranks
+from torch.distributed.run import parse_args as parse_torchrun
 
 from criteo.config import parse as parse_settings
 from torchrec_freq import FrequencyConfig, _versions, planner
@@ -179,14 +181,14 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         make_target,
     ),
     r"python -m benchmarks\.bench profile": (
-        "takes ten seconds; tests/test_bench.py runs it on a small shape",
+        "takes ten seconds; tests/benchmarks runs it on a small shape",
         program,
     ),
     r"python -m benchmarks\.switch .*": (
-        "takes some minutes; tests/test_switch.py does a few steps",
+        "takes some minutes; tests/benchmarks does a few steps",
         lambda command: program(re.sub(r" (docs|\d+)\b", "", command)),
     ),
-    r"python -m pytest tests/\w+\.py": (
+    r"python -m pytest tests/\S+": (
         "runs tests that run anyway",
         lambda command: require(ROOT / command.split()[-1]),
     ),
@@ -260,7 +262,15 @@ def given() -> dict[str, Any]:
 
 
 def run_command(command: str) -> str:
-    """What it printed to standard output."""
+    """What it printed to standard output; programs are forked, not started anew."""
+    words = shlex.split(command)
+    if not re.search(r"[*|;&$<>]", command):
+        if words[:2] == ["python", "-m"]:
+            return run(*words[2:]).out
+        if words[0] == "torchrun":
+            read = parse_torchrun(words[1:])
+            ranks = int(read.nproc_per_node)
+            return run(read.training_script, *read.training_script_args, ranks=ranks).out
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
