@@ -374,6 +374,7 @@ def test_results_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
     assert again.path.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_resumed_study_equals_an_unbroken_one(ratings: Path) -> None:
     experiments = [
         Experiment("ml-100k", "FM", 64, (ROWWISE, CLIPPED), epochs=2, seeds=2, stressed=True),

@@ -226,7 +226,7 @@ def test_command(spec_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "table 'user' of 5 rows is not in the spec" in error and "1000000 rows" in error
 
 
-@pytest.mark.parametrize("ranks", [8, 64, 128, 1024])
+@pytest.mark.parametrize("ranks", [8, 64, 128, pytest.param(1024, marks=pytest.mark.slow)])
 def test_clusters(ranks: int) -> None:
     spec = read_spec(Path("dlrm-dcnv2"), ranks=ranks)
     # TorchRec's search takes minutes on 1024 ranks; here it may stop with the first plan.

@@ -212,7 +212,12 @@ def check_continued(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("table_wise", 1), ("row_wise", 2), ("column_wise", 2), ("data_parallel", 2)],
+    [
+        ("table_wise", 1),
+        ("row_wise", 2),
+        pytest.param("column_wise", 2, marks=pytest.mark.slow),
+        pytest.param("data_parallel", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_training_goes_on_and_back(kind: str, ranks: int) -> None:
     run_on_ranks(ranks, check_continued, {"kind": kind})

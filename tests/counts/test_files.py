@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +18,14 @@ import torch
 import torch.distributed as dist
 from models import TABLES, Pair
 from plans import make_plan
-from ranks import on_ranks
+from points import Point
+from ranks import context, on_ranks
 from reference import seed
 from safetensors.numpy import load_file, save_file
 
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING
+from torchrec_freq.counts import files
 from torchrec_freq.counts.files import CountsReader, load_counts, save_counts
 from torchrec_freq.output import check_folder, check_output, write_text, writing
 
@@ -359,64 +359,46 @@ def test_outputs_are_checked_before_the_work(
     assert os.listdir(tmp_path / "new" / "folder") == []
 
 
-WRITER = """
-import os, sys, torch
-from torchrec_freq.counts.files import save_counts
-path, stop = sys.argv[1:]
-new = torch.full((20_000_000,), 2, dtype=torch.int32)
-if stop in ("fsync", "replace"):
-    call = getattr(os, stop)
-    def wait(*arguments):
-        if stop == "replace":
-            call(*arguments)
-        print("stopped", flush=True)
-        sys.stdin.read()
-    setattr(os, stop, wait)
-print("started", flush=True)
-while True:
-    save_counts(path, {"a": new}, {"a": 2})
-"""
+# Where a writer kills itself, and whether the new file is in its place then.
+POINTS = [
+    (Point(files, "save_file"), False),
+    (Point(files, "save_file", after=True), False),
+    (Point(os, "fsync"), False),
+    (Point(os, "replace"), False),
+    (Point(os, "replace", after=True), True),
+    (Point(os, "fsync", call=2), True),
+]
+MANY = 20_000_000
 
 
-def is_writing(folder: Path) -> bool:
-    """Whether there is something of the writer's next file."""
-    try:
-        return any(file.stat().st_size > 0 for file in folder.glob(".writing-*/*"))
-    except FileNotFoundError:  # it went to its place meanwhile
-        return False
+def write_and_die(path: Path, number: int) -> None:
+    POINTS[number][0].arm()
+    save_counts(path, {"a": torch.full((50,), 2)}, {"a": 2})
 
 
-# A number: killed so many seconds after the first byte of a file. A name: at this call.
-@pytest.mark.parametrize("stop", [0.0, 0.003, 0.01, 0.03, 0.1, "fsync", "replace"])
-def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, stop: float | str) -> None:
+def write_on(path: Path) -> None:
+    new = torch.full((MANY,), 2, dtype=torch.int32)
+    while True:
+        save_counts(path, {"a": new}, {"a": 2})
+
+
+@pytest.mark.parametrize("number", [*range(len(POINTS)), None])
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, number: int | None) -> None:
     path = tmp_path / "counts.safetensors"
     save_counts(path, {"a": torch.ones(5)}, {"a": 1})
-    before = path.read_bytes()
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), str(stop)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "started\n"
-        if isinstance(stop, float):
-            while not is_writing(tmp_path):
-                assert writer.poll() is None
-            time.sleep(stop)
-        else:
-            assert writer.stdout.readline() == "stopped\n"
-    finally:
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-    if stop == "fsync":
-        assert path.read_bytes() == before
-    if stop == "replace":
-        assert load_counts(path).squares == {"a": 2}
+    job = (write_on, (path,)) if number is None else (write_and_die, (path, number))
+    writer: Any = context.Process(target=job[0], args=job[1])
+    writer.start()
+    if number is None:  # while the file has some of its bytes
+        while not any(file.stat().st_size for file in tmp_path.glob(".writing-*/*")):
+            assert writer.is_alive()
+        writer.kill()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    is_new = number is not None and POINTS[number][1]
     loaded = load_counts(path)
-    assert (loaded.squares["a"], loaded.counts["a"].numel()) in [(1, 5), (2, 20_000_000)]
-    assert set(loaded.counts["a"].unique().tolist()) == {loaded.squares["a"]}
+    assert loaded.squares == {"a": 2 if is_new else 1}
+    assert loaded.counts["a"].tolist() == ([2] * 50 if is_new else [1] * 5)
     # What is left has another name, and does not keep the next writer from its work.
     assert [file.name for file in tmp_path.glob("*.safetensors")] == [path.name]
     save_counts(path, {"a": torch.full((3,), 9)}, {"a": 9})
@@ -425,24 +407,20 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, stop: float | str) 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "counts.safetensors"
-    save_counts(path, {"a": torch.full((20_000_000,), 2)}, {"a": 2})
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), "never"], stdout=subprocess.PIPE, text=True
-    )
+    save_counts(path, {"a": torch.full((MANY,), 2)}, {"a": 2})
+    writer: Any = context.Process(target=write_on, args=(path,))
+    writer.start()
     try:
-        assert writer.stdout is not None
-        writer.stdout.readline()
         inodes: set[int] = set()
-        deadline = time.monotonic() + 60
-        while len(inodes) < 4 and time.monotonic() < deadline:
+        while len(inodes) < 3:
             loaded = load_counts(path)
             assert loaded.squares == {"a": 2}
             assert bool((loaded.counts["a"] == 2).all())
             inodes.add(path.stat().st_ino)
-        assert len(inodes) >= 2, "the writer never replaced the file"
+            assert writer.is_alive()
     finally:
         writer.kill()
-        writer.communicate()
+        writer.join()
 
 
 @on_ranks(2)

@@ -78,6 +78,7 @@ class Launch:
         return self.log.read()
 
 
+@pytest.mark.slow
 def test_under_torchx(reference: Path, tmp_path: Path) -> None:
     """As the README says, to the end: the same as on two ranks that were started by hand."""
     out = tmp_path / "out"

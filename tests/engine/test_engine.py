@@ -1,9 +1,7 @@
-"""The engine on a bare TBE: FBGEMM's own kernels, loans, bad ids and gradients, no host reads."""
+"""The engine on a bare TBE: FBGEMM's own kernels, what counts, bad ids and gradients."""
 
 from __future__ import annotations
 
-import copy
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,93 +11,21 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     BoundsCheckMode,
-    EmbeddingLocation,
     PoolingMode,
 )
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    ComputeDevice,
     CounterBasedRegularizationDefinition,
     LearningRateMode,
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
 )
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from tables import FEATURES, LR, SHAPES, batch, counts, loss, make, make_stock, same, specs, train
 
 from torchrec_freq import COUNT_CEILING, FrequencyConfig
-from torchrec_freq.engine.counting import CountingTBE, Membership
+from torchrec_freq.engine.counting import Membership
 from torchrec_freq.engine.lookups import Batch, has_gradient
-from torchrec_freq.engine.replicated import ReplicatedTBE
 from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
-
-SHAPES = [(11, 8), (5, 16), (40, 16)]
-FEATURES = [0, 1, 1, 2]
-LR = 0.05
-
-
-def specs(shapes: list[tuple[int, int]] = SHAPES) -> list[Any]:
-    return [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in shapes]
-
-
-def make(config: FrequencyConfig | None = None, **options: Any) -> FrequencyTBE:
-    torch.manual_seed(0)
-    tbe = FrequencyTBE(
-        specs(),
-        frequency=config or FrequencyConfig(),
-        feature_table_map=FEATURES,
-        learning_rate=LR,
-        **options,
-    )
-    tbe.init_embedding_weights_uniform(-0.1, 0.1)
-    return tbe
-
-
-def make_stock(optimizer: EmbOptimType, **options: Any) -> SplitTableBatchedEmbeddingBagsCodegen:
-    torch.manual_seed(0)
-    tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        specs(), optimizer=optimizer, feature_table_map=FEATURES, learning_rate=LR, **options
-    )
-    tbe.init_embedding_weights_uniform(-0.1, 0.1)
-    return tbe
-
-
-def batch(seed: int, size: int = 6, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
-    """Ids and offsets: skewed, with repetitions and empty bags."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 4, (len(FEATURES), size), generator=generator)
-    ids = [
-        (SHAPES[t][0] * torch.rand(int(n.sum()), generator=generator) ** 2).long()
-        for t, n in zip(FEATURES, lengths, strict=True)
-    ]
-    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)))
-    return torch.cat(ids).to(dtype), offsets.to(dtype)
-
-
-def loss(output: Tensor) -> Tensor:
-    return (output * torch.linspace(0.5, 1.5, output.shape[1]) - 0.3).square().mean()
-
-
-def counts(tbe: CountingTBE) -> list[Tensor]:
-    return [tbe.settled_counts(t).long() for t in range(len(SHAPES))]
-
-
-def train(tbe: Any, steps: range) -> None:
-    for step in steps:
-        loss(tbe(*batch(step))).backward()
-
-
-def same(a: FrequencyTBE, b: FrequencyTBE) -> None:
-    """Weights, counts and totals to the last bit."""
-    for x, y in zip(a.split_embedding_weights(), b.split_embedding_weights(), strict=True):
-        assert torch.equal(x, y)
-    for x, y in zip(counts(a), counts(b), strict=True):
-        assert torch.equal(x, y)
-    for tbe in (a, b):
-        tbe.totals.settle()
-    assert torch.equal(a.totals.values, b.totals.values)
-    assert torch.equal(a.totals.ages, b.totals.ages)
 
 
 def test_equals_fbgemms_counter_sgd() -> None:
@@ -204,131 +130,6 @@ def test_two_forwards_then_two_backwards(order: tuple[int, int]) -> None:
         assert torch.equal(a, b)
     for x, y in zip(counts(tbe), counts(one_by_one), strict=True):
         assert torch.equal(x, y)
-
-
-# Between what is lent and what is settled.
-
-
-def fail_in_the_kernel(tbe: FrequencyTBE, step: int) -> None:
-    def fail(grads: Any) -> None:
-        raise RuntimeError("injected")
-
-    output = tbe(*batch(step))
-    assert output.grad_fn is not None
-    output.grad_fn.register_prehook(fail)  # after ours: the kernel does not run
-    with pytest.raises(RuntimeError, match="injected"):
-        loss(output).backward()
-
-
-def fail_in_a_second_backward(tbe: FrequencyTBE, step: int) -> None:
-    """The kernel finds that its saved tensors are gone."""
-    output = tbe(*batch(step))
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with hooks:
-        value = loss(output)
-    value.backward(retain_graph=False)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.backward(output, torch.ones_like(output))
-
-
-FAILURES = [fail_in_the_kernel, fail_in_a_second_backward]
-
-
-@pytest.mark.parametrize("fail", FAILURES)
-def test_a_failed_kernel_loses_no_count(fail: Callable[[FrequencyTBE, int], None]) -> None:
-    tbe, sound = make(FrequencyConfig(half_life=4)), make(FrequencyConfig(half_life=4))
-    for t in (tbe, sound):
-        train(t, range(3))
-    fail(tbe, 3)
-    if fail is fail_in_a_second_backward:
-        train(sound, range(3, 4))  # the first backward of the two was a step
-    assert tbe._loan is not None, "the test leaves nothing open"
-    assert tbe.counts.max() > 1000, "what is lent looks like counts"
-    for a, b in zip(counts(tbe), counts(sound), strict=True):
-        assert torch.equal(a, b)
-    for t in (tbe, sound):
-        train(t, range(4, 8))
-    same(tbe, sound)
-
-
-def test_a_loan_is_closed_by_whoever_comes_next() -> None:
-    def opened() -> FrequencyTBE:
-        tbe = make()
-        train(tbe, range(2))
-        fail_in_the_kernel(tbe, 2)
-        return tbe
-
-    sound = make()
-    train(sound, range(2))
-    wanted = counts(sound)
-
-    def check(tbe: FrequencyTBE) -> None:
-        for x, y in zip(counts(tbe), wanted, strict=True):
-            assert torch.equal(x, y)
-
-    tbe = opened()
-    for t, expected in enumerate(wanted):
-        assert torch.equal(tbe.counts_of(t).long(), expected)
-    check(copy.deepcopy(opened()))
-    check(opened().to("cpu"))
-    tbe = opened()
-    for (state,), expected in zip(tbe.split_optimizer_states(), wanted, strict=True):
-        assert state.dtype == torch.int32 and torch.equal(state.long(), expected)
-    reset = [torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([0])]
-    tbe = opened()
-    tbe.reset_embedding_weight_momentum(*reset)
-    wanted[1][0] = 0
-    check(tbe)
-
-
-def test_readers_during_a_backward_see_the_counts_of_before() -> None:
-    tbe = make()
-    train(tbe, range(3))
-    before = counts(tbe)
-    seen: list[list[Tensor]] = []
-    output = tbe(*batch(3))
-
-    def read(grads: Any) -> None:
-        reader = threading.Thread(target=lambda: seen.append(counts(tbe)))
-        reader.start()
-        reader.join()
-
-    assert output.grad_fn is not None
-    output.grad_fn.register_prehook(read)
-    loss(output).backward()
-    for x, y in zip(seen[0], before, strict=True):
-        assert torch.equal(x, y)
-    assert sum(int(c.sum()) for c in counts(tbe)) == sum(len(batch(s)[0]) for s in range(4))
-
-
-def test_counts_are_never_seen_as_floats() -> None:
-    tbe = make()
-    train(tbe, range(3))
-    wanted = counts(tbe)
-    for (state,), expected in zip(tbe.split_optimizer_states(), wanted, strict=True):
-        assert state.dtype == torch.int32 and torch.equal(state.long(), expected)
-    assert tbe.get_optimizer_state() == [{}, {}, {}]
-    weights = {tensor.data_ptr() for tensor in (tbe.weights_host, tbe.weights_dev)}
-    for states in tbe.get_all_states():
-        assert {state.data_ptr() for state in states[:3] if state.numel()} <= weights
-    state = tbe.state_dict()
-    assert state["momentum1_host"].dtype == torch.int32
-    loaded = make()
-    loaded.load_state_dict(state)
-    for x, y in zip(counts(loaded), wanted, strict=True):
-        assert torch.equal(x, y)
-    other = copy.deepcopy(tbe)
-    train(tbe, range(3, 5))
-    for x, y in zip(counts(other), wanted, strict=True):
-        assert torch.equal(x, y)
-    train(other, range(3, 5))
-    same(tbe, other)
-    kept = counts(tbe)
-    for cast in (tbe.half, tbe.double, tbe.float):
-        cast()
-        assert tbe.counts.dtype == torch.int32
-        for x, y in zip(counts(tbe), kept, strict=True):
-            assert torch.equal(x, y)
 
 
 # What does not count.
@@ -640,105 +441,6 @@ def test_bad_ids_do_as_in_stock_tables(mode: BoundsCheckMode, bad: int) -> None:
         assert ours.counts.sum() == 0
 
 
-# Nothing waits for the device: on a fake GPU, whose values nobody can read.
-
-
-class NoCopyToTheHost(TorchDispatchMode):
-    """Raises where a tensor of the fake GPU is copied to the CPU, which a fake tensor would let."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        if func in copies and any(isinstance(a, Tensor) and a.is_cuda for a in args):
-            assert result.is_cuda, f"{func} makes the host wait for the device"
-        return result
-
-
-CONFIGS = {
-    "full": FrequencyConfig(half_life=2),
-    "batches": FrequencyConfig(count="batches"),
-    "paper": FrequencyConfig(normalize=None, min_count=2),
-}
-GPU = torch.device("cuda")
-
-
-def fake(kind: type[Any], config: FrequencyConfig, pooling: PoolingMode, split: bool) -> Any:
-    """A TBE of ours without FBGEMM's own parts, on the fake GPU."""
-    tbe: Any = object.__new__(kind)
-    nn.Module.__init__(tbe)
-    tbe.embedding_specs = [(r, d if pooling != PoolingMode.NONE else 8) for r, d in SHAPES]
-    tbe.pooling_mode = pooling
-    rows = sum(rows for rows, _ in SHAPES)
-    tbe.momentum1_host, tbe.momentum1_dev = torch.zeros(0), torch.zeros(rows, device=GPU)
-    tbe._counts, tbe._loan = torch.zeros(rows, dtype=torch.int32, device=GPU), None
-    tbe._start(config, FEATURES, GPU)
-    if split:
-        tables = [TotalsTable(FEATURES.count(t), config, True) for t in range(len(SHAPES))]
-        tbe.join(TableTotals(tables, GPU), [Membership(t, 0.5) for t in range(len(SHAPES))])
-    return tbe
-
-
-@pytest.mark.parametrize("kind", ["plain", "weights", "variable", "split", "unused"])
-@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.NONE])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_nothing_waits_for_the_device(
-    config: FrequencyConfig, pooling: PoolingMode, kind: str
-) -> None:
-    with FakeTensorMode(), NoCopyToTheHost():
-        tbe = fake(FrequencyTBE, config, pooling, kind == "split")
-        offsets = torch.zeros(4 * 6 + 1, dtype=torch.int64, device=GPU)
-        ids = torch.zeros(30, dtype=torch.int64, device=GPU)
-        weights = torch.zeros(30, device=GPU) if kind == "weights" else None
-        starts = torch.zeros(5, dtype=torch.int64, device=GPU) if kind == "variable" else None
-        shape = (30, 8) if pooling == PoolingMode.NONE else (6, 8 + 3 * 16)
-        grad = None if kind == "unused" else torch.zeros(shape, device=GPU)
-        for _ in range(3):
-            tbe.totals.advance()
-            tbe._lend(Batch(ids, offsets, weights, starts), grad)
-            assert tbe._loan.lent_L.is_cuda and tbe._loan.lent_L.dtype == torch.float32
-            tbe._settle()
-        assert tbe.totals.rates()[0].is_cuda and tbe.counts.is_cuda
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_replicated_tables_wait_for_nothing(config: FrequencyConfig) -> None:
-    with FakeTensorMode(), NoCopyToTheHost():
-        tbe = fake(ReplicatedTBE, config, PoolingMode.SUM, False)
-        sizes = [rows * dim for rows, dim in SHAPES]
-        tbe.weights_physical_offsets = [sum(sizes[:t]) for t in range(len(sizes))]
-        tbe.weights, tbe.learning_rate = torch.zeros(sum(sizes), device=GPU), LR
-        tbe._process_group, tbe._occurrences = None, []
-        offsets = torch.zeros(4 * 6 + 1, dtype=torch.int64, device=GPU)
-        for _ in range(3):
-            tbe.totals.advance()
-            batch_ = Batch(torch.zeros(30, dtype=torch.int64, device=GPU), offsets)
-            tbe._count(batch_, torch.zeros(6, 8 + 3 * 16, device=GPU))
-            tbe.apply(torch.zeros(sum(sizes), device=GPU))
-        assert tbe.counts.is_cuda
-
-
-READS: dict[str, Callable[[Tensor], Any]] = {
-    "item": lambda x: x.sum().item(),
-    "tolist": lambda x: x.tolist(),
-    "cpu": lambda x: x.cpu(),
-    "to": lambda x: x.to("cpu"),
-    "copy_": lambda x: torch.zeros(4).copy_(x),
-    "numpy": lambda x: x.numpy(),
-    "bool": lambda x: bool(x.any()),
-    "mask": lambda x: x[x > 0],
-    "nonzero": lambda x: x.nonzero(),
-    "unique": lambda x: x.unique(),
-    "equal": lambda x: torch.equal(x, x),
-    "repeat_interleave": lambda x: torch.repeat_interleave(x, x.long()),
-}
-
-
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_the_fake_gpu_notices_who_waits(read: Callable[[Tensor], Any]) -> None:
-    with FakeTensorMode(), NoCopyToTheHost(), pytest.raises((RuntimeError, AssertionError)):
-        read(torch.ones(4, device=GPU))
-
-
 def test_options_of_another_rule_are_refused() -> None:
     with pytest.raises(ValueError, match="gradient_clipping"):
         make(gradient_clipping=True)
@@ -759,89 +461,3 @@ def test_frozen_counts_must_be_loaded() -> None:
     tbe.totals.settle()
     assert tbe.totals.values[:, 2].tolist() == [33.0, 15.0, 120.0]
     assert (tbe.totals.values[:, 1] > 0).all()
-
-
-# On a GPU.
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def on(device: str, place: EmbeddingLocation, **options: Any) -> FrequencyTBE:
-    cpu = device == "cpu"
-    compute = ComputeDevice.CPU if cpu else ComputeDevice.CUDA
-    torch.manual_seed(0)
-    tbe = FrequencyTBE(
-        [(rows, dim, EmbeddingLocation.HOST if cpu else place, compute) for rows, dim in SHAPES],
-        frequency=FrequencyConfig(half_life=3),
-        feature_table_map=FEATURES,
-        learning_rate=LR,
-        **options,
-    )
-    for weight in tbe.split_embedding_weights():
-        weight.copy_(torch.empty(weight.shape).uniform_(-0.1, 0.1))
-    return tbe
-
-
-@needs_cuda
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
-@pytest.mark.parametrize(
-    "place",
-    [EmbeddingLocation.DEVICE, EmbeddingLocation.MANAGED, EmbeddingLocation.MANAGED_CACHING],
-)
-def test_cuda_equals_cpu(
-    place: EmbeddingLocation, pooling: PoolingMode, deterministic: bool
-) -> None:
-    cpu, gpu = (on(device, place, pooling_mode=pooling) for device in ("cpu", "cuda"))
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        for step in range(5):
-            ids, offsets = batch(step)
-            loss(cpu(ids, offsets)).backward()
-            if place == EmbeddingLocation.MANAGED_CACHING:
-                gpu.prefetch(ids.cuda(), offsets.cuda())
-            output = gpu(ids.cuda(), offsets.cuda())
-            column = torch.linspace(0.5, 1.5, output.shape[1], device="cuda")
-            (output * column - 0.3).square().mean().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    gpu.flush()
-    for a, b in zip(counts(cpu), counts(gpu), strict=True):
-        assert torch.equal(a, b.cpu())
-    for a, b in zip(cpu.split_embedding_weights(), gpu.split_embedding_weights(), strict=True):
-        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-6)
-
-
-@needs_cuda
-def test_cuda_backward_on_another_stream() -> None:
-    one, two = on("cuda", EmbeddingLocation.DEVICE), on("cuda", EmbeddingLocation.DEVICE)
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    for step in range(6):
-        ids, offsets = (tensor.cuda() for tensor in batch(step))
-        loss_of = lambda output: (output - 0.3).square().mean()  # noqa: E731
-        loss_of(one(ids, offsets)).backward()
-        stream = streams[step % 2]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            loss_of(two(ids, offsets)).backward()
-        torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    same(one, two)
-
-
-@needs_cuda
-def test_cuda_variable_batch_per_feature() -> None:
-    cpu, gpu = (on(device, EmbeddingLocation.DEVICE) for device in ("cpu", "cuda"))
-    sizes = [[3], [1], [2], [4]]
-    offsets = torch.tensor([0, 1, 3, 3, 5, 6, 6, 7, 9, 10, 12])
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.tensor([11] * 3 + [5] * 3 + [40] * 6)
-    for _ in range(3):
-        ids = (rows * torch.rand(12, generator=generator)).long()
-        for tbe, device in ((cpu, "cpu"), (gpu, "cuda")):
-            output = tbe(ids.to(device), offsets.to(device), batch_size_per_feature_per_rank=sizes)
-            (output - 0.3).square().mean().backward()
-    for a, b in zip(counts(cpu), counts(gpu), strict=True):
-        assert torch.equal(a, b.cpu())
-    for a, b in zip(cpu.split_embedding_weights(), gpu.split_embedding_weights(), strict=True):
-        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-6)

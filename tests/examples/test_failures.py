@@ -31,7 +31,7 @@ from torchrec_freq.counts import files
 from torchrec_freq.counts.stored import open_stored
 
 SEED = 17
-CASES = 2000  # of each kind
+CASES = 500  # of each kind
 
 
 def damaged(raw: bytes, chance: random.Random) -> bytes:

@@ -176,7 +176,7 @@ def sbatch(command: str) -> None:
 
 
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
-    r"make (setup|demo|study|study-full|bench|test|test-next|docs)\b.*": (
+    r"make (setup|demo|study|study-full|bench|test|test-all|test-next|docs)\b.*": (
         "takes minutes, and a package index or data from the network",
         make_target,
     ),
@@ -333,7 +333,13 @@ def run_page(page: Path) -> None:
         assert any(file in command for command in commands), f"{page}: nothing uses {file}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+# torchx imports torch anew.
+SLOW = {"clusters": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.stem, marks=SLOW.get(page.stem, ())) for page in PAGES]
+)
 @on_ranks(1)
 def test_blocks_run_as_printed(page: Path, tmp_path: Path) -> None:
     os.chdir(tmp_path)

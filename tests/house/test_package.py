@@ -157,6 +157,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_installed_wheel_works_outside_the_repository(
     wheel: zipfile.ZipFile, tmp_path: Path
 ) -> None:

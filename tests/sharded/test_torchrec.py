@@ -376,6 +376,7 @@ def test_saved_tensors_on_cpu() -> None:
     pair.check()
 
 
+@pytest.mark.slow
 @on_ranks(2)
 def test_compiled_model() -> None:
     pair = Pair(TABLES, make_plan("table_wise", TABLES, 2))
