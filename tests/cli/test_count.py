@@ -477,8 +477,9 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     terminal, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     try:
-        command = [sys.executable, "-m", "torchrec_freq", "count", tmp_path, "-o", output]
-        subprocess.run([*command, "--rows", str(ROWS)], stderr=side, check=True, timeout=120)
+        command = [sys.executable, "-m", "torchrec_freq", "count", str(tmp_path)]
+        command += ["-o", str(output), "--rows", str(ROWS)]
+        subprocess.run(command, stderr=side, check=True, timeout=120)
         bar = os.read(terminal, 1 << 16).decode()
     finally:
         os.close(terminal)
