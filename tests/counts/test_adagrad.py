@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import (
     LR,
-    TableSpec,
     full_weights,
     make_batch,
     make_collection,
@@ -24,12 +23,12 @@ from models import (
     shard,
     to_kjt,
 )
+from plans import WIDE_TABLES as TABLES
 from plans import make_plan
 from ranks import on_ranks, run_on_ranks
 from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.sharding_plan import column_wise
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import torchrec_freq
@@ -39,38 +38,12 @@ from torchrec_freq.counts.adagrad import counts_of_sums
 from torchrec_freq.counts.row_state import RowShard, RowState
 from torchrec_freq.sharded.install import frequency_modules
 
-TABLES = [
-    TableSpec("a", 12, 16, ["f0"]),
-    TableSpec("b", 7, 16, ["f1", "f2"]),
-    # TorchRec cuts grid shards 128 columns wide.
-    TableSpec("c", 30, 256, ["f3"]),
-]
 # (ranks, hosts) -> plans
 LAYOUTS: dict[tuple[int, int], list[str]] = {
     (1, 1): ["table_wise", "column_wise", "data_parallel"],
     (2, 1): ["table_wise", "row_wise", "column_wise", "unequal columns", "data_parallel"],
     (4, 2): ["row_wise", "table_row_wise", "table_column_wise", "grid_shard", "four columns"],
 }
-
-
-def unequal_columns(*arguments: Any) -> Any:
-    """Three quarters of the columns on one rank, one on the other."""
-    sharding = column_wise([0, 1])(*arguments)
-    rows, columns = arguments[0].shape
-    left, right = sharding.sharding_spec.shards
-    left.shard_sizes = [rows, columns * 3 // 4]
-    right.shard_sizes, right.shard_offsets = [rows, columns // 4], [0, columns * 3 // 4]
-    return sharding
-
-
-def plan_of(kind: str, ranks: int) -> dict[str, Any]:
-    if kind == "four columns":
-        return {t.name: column_wise([r % ranks for r in range(4)]) for t in TABLES}
-    if kind == "unequal columns":
-        return {t.name: unequal_columns for t in TABLES}
-    if kind == "grid_shard":
-        return {**make_plan("table_wise", TABLES, ranks), "c": make_plan(kind, TABLES, ranks)["c"]}
-    return make_plan(kind, TABLES, ranks)
 
 
 def build(
@@ -80,7 +53,7 @@ def build(
     collection = make_collection(TABLES)
     apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": LR, **options})
     own = {t.name: collection.embedding_bags[t.name].weight.detach().clone() for t in TABLES}
-    plan = plan_of(kind, dist.get_world_size())
+    plan = make_plan(kind, TABLES, dist.get_world_size())
     return shard(collection, plan, EmbeddingBagCollectionSharder(), weights or own)
 
 

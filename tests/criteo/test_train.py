@@ -145,6 +145,7 @@ def resume(folder: Path, out: Path) -> None:
     run(folder, out)
 
 
+@pytest.mark.slow
 def test_sigterm_of_torchrun(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     launch = Launch(reference / "data", out)

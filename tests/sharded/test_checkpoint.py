@@ -12,23 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import Pair, TableSpec
+from models import Pair
+from plans import WIDE_TABLES as TABLES
 from plans import make_plan
 from ranks import on_ranks, run_on_ranks
 from torch.distributed.checkpoint.api import CheckpointException
-from torchrec.distributed.sharding_plan import column_wise
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_freq import row_counts
 from torchrec_freq.counts.row_state import RowShard, RowState
 from torchrec_freq.sharded.install import frequency_modules
 
-TABLES = [
-    TableSpec("a", 12, 16, ["f0"]),
-    TableSpec("b", 7, 16, ["f1", "f2"]),
-    # TorchRec cuts grid shards 128 columns wide.
-    TableSpec("c", 30, 256, ["f3"]),
-]
 OPTIONS = {"half_life": 3}
 GLOBAL_BATCH = 4
 STEPS = 4
@@ -39,14 +33,6 @@ LAYOUTS: dict[tuple[int, int], list[str]] = {
     (2, 1): ["table_wise", "row_wise", "column_wise", "four columns", "data_parallel", "mixed"],
     (4, 2): ["table_row_wise", "table_column_wise", "grid_shard", "row_wise", "four columns"],
 }
-
-
-def plan_of(kind: str, ranks: int) -> dict[str, Any]:
-    if kind == "four columns":
-        return {t.name: column_wise([r % ranks for r in range(4)]) for t in TABLES}
-    if kind == "grid_shard":
-        return {**make_plan("table_wise", TABLES, ranks), "c": make_plan(kind, TABLES, ranks)["c"]}
-    return make_plan(kind, TABLES, ranks)
 
 
 def state_of(model: Any) -> dict[str, Any]:
@@ -72,7 +58,7 @@ def check_state(pair: Pair) -> None:
 
 
 def train_and_save(kind: str, ranks: int, folder: Path) -> None:
-    pair = Pair(TABLES, plan_of(kind, ranks), OPTIONS)
+    pair = Pair(TABLES, make_plan(kind, TABLES, ranks), OPTIONS)
     for _ in range(STEPS):
         pair.step(per_rank=GLOBAL_BATCH // ranks)
     check_state(pair)
@@ -83,7 +69,7 @@ def train_and_save(kind: str, ranks: int, folder: Path) -> None:
 
 def load_and_train(kind: str, ranks: int, folder: Path, part: slice) -> None:
     for source in sorted(folder.iterdir())[part]:
-        pair = Pair(TABLES, plan_of(kind, ranks), OPTIONS)
+        pair = Pair(TABLES, make_plan(kind, TABLES, ranks), OPTIONS)
         pair.split_reference(json.loads((source / "columns.json").read_text()))
         for _ in range(STEPS):
             pair.step_reference(GLOBAL_BATCH)
@@ -113,15 +99,15 @@ def test_any_plan_to_any_plan(every: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise"])
 @on_ranks(2)
 def test_through_a_model_with_dtensors(kind: str, tmp_path: Path) -> None:
-    first = Pair(TABLES, plan_of("mixed", 2), OPTIONS)
+    first = Pair(TABLES, make_plan("mixed", TABLES, 2), OPTIONS)
     first.step()
     dcp.save(state_of(first.model), checkpoint_id=tmp_path / "first")
-    second = Pair(TABLES, plan_of(kind, 2), OPTIONS, dtensor=True)
+    second = Pair(TABLES, make_plan(kind, TABLES, 2), OPTIONS, dtensor=True)
     restore(second.model, tmp_path / "first")
     second.go_on(first)
     second.step()
     dcp.save(state_of(second.model), checkpoint_id=tmp_path / "second")
-    third = Pair(TABLES, plan_of("four columns", 2), OPTIONS)
+    third = Pair(TABLES, make_plan("four columns", TABLES, 2), OPTIONS)
     restore(third.model, tmp_path / "second")
     third.go_on(second)
     check_state(third)
@@ -131,7 +117,7 @@ def test_through_a_model_with_dtensors(kind: str, tmp_path: Path) -> None:
 
 @on_ranks(2)
 def test_each_row_is_saved_once(tmp_path: Path) -> None:
-    pair = Pair(TABLES, plan_of("four columns", 2), OPTIONS)
+    pair = Pair(TABLES, make_plan("four columns", TABLES, 2), OPTIONS)
     pair.step()
     dcp.save(state_of(pair.model), checkpoint_id=tmp_path)
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()
@@ -143,7 +129,7 @@ def test_each_row_is_saved_once(tmp_path: Path) -> None:
 
 @on_ranks(2)
 def test_asynchronous_save(tmp_path: Path) -> None:
-    pair = Pair(TABLES, plan_of("row_wise", 2), OPTIONS)
+    pair = Pair(TABLES, make_plan("row_wise", TABLES, 2), OPTIONS)
     pair.step()
     before = row_counts(pair.model)
     group: Any = dist.new_group(backend="gloo")  # training goes on in the other one
@@ -166,7 +152,7 @@ def test_asynchronous_save(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["row_wise", "four columns", "data_parallel"])
 @on_ranks(2)
 def test_torch_save_and_deepcopy(kind: str) -> None:
-    pair = Pair(TABLES, plan_of(kind, 2), OPTIONS)
+    pair = Pair(TABLES, make_plan(kind, TABLES, 2), OPTIONS)
     for _ in range(2):
         pair.step()
     optimizer = pair.model.fused_optimizer
@@ -188,8 +174,8 @@ def test_torch_save_and_deepcopy(kind: str) -> None:
 
 @on_ranks(2)
 def test_a_ranks_file_does_not_fit_another_plan() -> None:
-    saved = Pair(TABLES, plan_of("row_wise", 2)).model.fused_optimizer.state_dict()
-    optimizer = Pair(TABLES, plan_of("table_wise", 2)).model.fused_optimizer
+    saved = Pair(TABLES, make_plan("row_wise", TABLES, 2)).model.fused_optimizer.state_dict()
+    optimizer = Pair(TABLES, make_plan("table_wise", TABLES, 2)).model.fused_optimizer
     for key in saved["state"].keys() - optimizer.state_dict()["state"].keys():
         del saved["state"][key]
     with pytest.raises(ValueError, match=r"another sharding plan.*distributed\.checkpoint"):
@@ -199,14 +185,14 @@ def test_a_ranks_file_does_not_fit_another_plan() -> None:
 @on_ranks(2)
 def test_whole_tensors_fit_every_plan() -> None:
     """As a tool writes that gathers a checkpoint into plain tensors."""
-    optimizer = Pair(TABLES, plan_of("four columns", 2)).model.fused_optimizer
+    optimizer = Pair(TABLES, make_plan("four columns", TABLES, 2)).model.fused_optimizer
     state = optimizer.state_dict()
     whole = {t.name: torch.arange(t.rows, dtype=torch.int32) for t in TABLES}
     for states in state["state"].values():
         for key in states:
             if key.endswith(".row_counter"):
                 states[key] = whole[key.split(".")[0]]
-    pair = Pair(TABLES, plan_of("four columns", 2))
+    pair = Pair(TABLES, make_plan("four columns", TABLES, 2))
     pair.model.fused_optimizer.load_state_dict(state)
     for name, counts in row_counts(pair.model).items():
         assert torch.equal(counts, whole[name].long())
@@ -214,12 +200,12 @@ def test_whole_tensors_fit_every_plan() -> None:
 
 @on_ranks(2)
 def test_states_of_other_optimizers_are_refused(tmp_path: Path) -> None:
-    pair = Pair(TABLES, plan_of("table_wise", 2))
-    other = Pair(TABLES, plan_of("table_wise", 2), optimizer=RowWiseAdagrad)
+    pair = Pair(TABLES, make_plan("table_wise", TABLES, 2))
+    other = Pair(TABLES, make_plan("table_wise", TABLES, 2), optimizer=RowWiseAdagrad)
     message = r"no row counters of '[abc]'.*load_row_counts"
     with pytest.raises(ValueError, match=message):
         pair.model.fused_optimizer.load_state_dict(other.model.fused_optimizer.state_dict())
-    sgd = Pair(TABLES, plan_of("table_wise", 2), optimizer=torch.optim.SGD)
+    sgd = Pair(TABLES, make_plan("table_wise", TABLES, 2), optimizer=torch.optim.SGD)
     with pytest.raises(ValueError, match=message):
         pair.model.fused_optimizer.load_state_dict(sgd.model.fused_optimizer.state_dict())
     with pytest.raises(ValueError):
@@ -237,7 +223,7 @@ def test_states_of_other_optimizers_are_refused(tmp_path: Path) -> None:
 
 @on_ranks(2)
 def test_a_state_of_version_0_1_is_refused(tmp_path: Path) -> None:
-    pair = Pair(TABLES, plan_of("row_wise", 2))
+    pair = Pair(TABLES, make_plan("row_wise", TABLES, 2))
     state = copy.deepcopy(pair.model.fused_optimizer.state_dict())
     for states in state["state"].values():
         for key in [key for key in states if not key.endswith("row_counter")]:
@@ -264,7 +250,7 @@ def test_a_state_of_version_0_1_is_refused(tmp_path: Path) -> None:
 )
 @on_ranks(1)
 def test_a_damaged_state_is_refused(key: str, value: Any, message: str) -> None:
-    pair = Pair(TABLES, plan_of("table_wise", 1))
+    pair = Pair(TABLES, make_plan("table_wise", TABLES, 1))
     pair.step()
     optimizer = pair.model.fused_optimizer
     state = copy.deepcopy(optimizer.state_dict())
