@@ -19,7 +19,7 @@ READY    := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo study study-full bench gpu test test-next lint format docs wheel clean distclean
+.PHONY: help setup demo study study-full bench gpu test test-all test-next lint format docs wheel clean distclean
 
 # Ranks and test processes share the cores: one OpenMP thread each, or they slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -75,11 +75,17 @@ bench: setup  ## time a step with FrequencySGD beside other optimizers
 gpu:  ## time a step on this machine's GPUs with PYTHON as it is, and write a report to share
 	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-test: lint  ## lint, type-check, and run the tests
-	@$(PY) -m pytest --durations=10
+# Two processes, each with a module of tests at a time: what a module prepares is made once.
+PYTEST = $(PY) -m pytest -n 2 --dist loadscope --durations=10
 
-test-next:  ## the same with torch 2.14, in .venv-next
-	@$(MAKE) --no-print-directory test STACK=2.14 VENV=.venv-next
+test: lint  ## lint, type-check, and run the tests but the slow ones
+	@$(PYTEST)
+
+test-all: lint  ## the same with the slow ones
+	@$(PYTEST) -m ""
+
+test-next:  ## all tests with torch 2.14, in .venv-next
+	@$(MAKE) --no-print-directory test-all STACK=2.14 VENV=.venv-next
 
 lint: setup  ## ruff and mypy
 	@$(PY) -m ruff check

@@ -151,3 +151,11 @@ class ReferenceModel:
                 self.lr,
             )
         return float(value.detach())
+
+
+def seed(table: ReferenceTable, counts: torch.Tensor, squares: float | None = None) -> None:
+    table.counts.clear()
+    table.counts.update(dict(enumerate(counts.tolist())))
+    table.total, table.age = float(counts.sum()), 0
+    if squares is not None:
+        table.squares, table.occurrences = squares, float(counts.count_nonzero())

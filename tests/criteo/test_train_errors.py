@@ -1,0 +1,182 @@
+"""What the training program says and does when it cannot go on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from torch.utils.tensorboard.writer import SummaryWriter
+from training import GIVEN, STEPS, arguments, assert_same, run
+
+from criteo import __main__ as program
+from criteo import ranks
+from criteo.monitor import Monitor
+from criteo.ranks import gather
+from examples.checkpoint import Checkpoints, NotSaved
+
+
+@contextlib.contextmanager
+def full_disk(step: int) -> Iterator[None]:
+    """Rank 1 has no space left for the checkpoint of a step."""
+    save, file = Checkpoints.save, io.FileIO
+
+    def spoiled(checkpoints: Checkpoints, saved: int, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if saved == step and dist.get_rank() == 1:
+                patch.setattr(io, "FileIO", lambda path, mode: file("/dev/full", mode))
+            save(checkpoints, saved, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", spoiled)
+        yield
+
+
+@on_ranks(2)
+def test_a_full_disk_while_training(reference: Path, tmp_path: Path) -> None:
+    """It stops with the last good checkpoint, or goes on without one, as it is told."""
+    with full_disk(4), pytest.raises(NotSaved, match="000004 is not saved: .*No space left"):
+        run(reference / "data", tmp_path / "stop")
+    dist.barrier()
+    assert os.listdir(tmp_path / "stop" / "checkpoints") == ["step-00000002"]
+    more = ("--checkpoint.not_saved", "go_on", "--checkpoint.keep", "100")
+    with full_disk(4), contextlib.redirect_stdout(io.StringIO()) as printed:
+        run(reference / "data", tmp_path / "go_on", *more)
+    said = printed.getvalue()
+    assert ("000004 is not saved: on rank 1: " in said) == (dist.get_rank() == 0)
+    steps = {path.name for path in (tmp_path / "go_on" / "checkpoints").iterdir()}
+    wanted = {path.name for path in (reference / "out" / "checkpoints").iterdir()}
+    assert steps == wanted - {"step-00000004"}
+    assert_same(tmp_path / "go_on", reference / "out")
+    # The last one must be saved, whatever is told.
+    with full_disk(STEPS), pytest.raises(NotSaved):
+        run(reference / "data", tmp_path / "end", *more)
+
+
+@on_ranks(1)
+def test_figures_that_cannot_be_kept(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "tensorboard", 0)
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        mock.patch.object(SummaryWriter, "add_scalar", side_effect=OSError(28, "No space left")),
+    ):
+        for step in (1, 2):
+            monitor.log(step, {"loss": 1.0})
+        monitor.flush()
+        monitor.close()
+    assert printed.getvalue().count("no more figures are kept: [Errno 28] No space left") == 1
+
+
+def spoil_checkpoints(reference: Path, folder: Path) -> list[str]:
+    for step in (2, 4):
+        name = f"step-{step:08}"
+        shutil.copytree(reference / "out" / "checkpoints" / name, folder / "checkpoints" / name)
+        (folder / "checkpoints" / name / ".metadata").write_bytes(b"")
+    return arguments(reference / "data", folder)
+
+
+# What is wrong: flags for it, made by rank 0, and what is said.
+WRONG: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
+    "no data": (lambda r, f: arguments(f / "none", f), "none: no such folder"),
+    "a file": (lambda r, f: arguments(r / "data" / "day_0_dense.npy", f), "no such folder"),
+    "batch": (
+        lambda r, f: arguments(r / "data", f, "--batch_size", "1000"),
+        "batch_size 1000 is more than the",
+    ),
+    "out": (lambda r, f: arguments(f / "none", Path("/dev/null")), "a folder: '/dev/null'"),
+    "checkpoints": (spoil_checkpoints, "None of the checkpoints"),
+    "settings": (
+        lambda r, f: arguments(r / "data", r / "out", "--seed", "3"),
+        "comes from a run with other settings: seed was 0, is 3",
+    ),
+    "loss": (
+        lambda r, f: arguments(r / "data", f, "--optimizer.lr", "1e30"),
+        "The training loss is",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@on_ranks(2)
+def test_what_cannot_be_trained_on_is_said_in_a_line(
+    what: str, reference: Path, tmp_path: Path
+) -> None:
+    make, message = WRONG[what]
+    rank = dist.get_rank()
+    flags = make(reference, tmp_path / "out") if rank == 0 else None
+    (flags,) = (f for f in gather(flags) if f is not None)
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()) as said,
+        pytest.raises(SystemExit) as stopped,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["train", *flags])
+        patch.setattr(program, "connect", lambda backend: None)
+        program.main()
+    assert stopped.value.code == 2
+    errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    assert len(errors) == (rank == 0), said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    if rank == 0:
+        assert message in errors[0]
+
+
+@on_ranks(2)
+def test_another_rank_with_another_error_says_so(tmp_path: Path) -> None:
+    rank = dist.get_rank()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        ranks.say_error(f"of rank {rank}\nalone")
+    assert said.getvalue() == f"error: of rank {rank} alone\n"
+
+
+def test_main_without_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for flags, message in (([], "No data"), (GIVEN, "Start it with torchrun")):
+        monkeypatch.setattr(sys, "argv", ["train", *flags])
+        with pytest.raises(SystemExit) as stopped:
+            program.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end", "left"), [(None, True), (SystemExit(143), True), (ValueError("one rank's"), False)]
+)
+def test_main_leaves_the_group(
+    end: BaseException | None, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end and after SIGTERM, but not after an error: NCCL would wait for the other ranks."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train", *GIVEN])
+    calls: list[str] = []
+
+    def train(*_: object) -> None:
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(program, "train", train)
+    monkeypatch.setattr(program, "connect", lambda backend: None)
+    monkeypatch.setattr(program, "logging", mock.Mock())  # whose levels it would set
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, functools.partial(calls.append, name))
+    with contextlib.suppress(SystemExit, ValueError):
+        program.main()
+    assert ("destroy_process_group" in calls) == left
