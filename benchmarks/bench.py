@@ -51,7 +51,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
-from examples.demo import optimizer_bytes
+from examples.training import optimizer_bytes
 from torchrec_freq import FrequencyConfig, FrequencySGD
 from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.planner import make_planner

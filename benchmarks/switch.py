@@ -28,9 +28,10 @@ from benchmarks.curves import Curve, draw
 from benchmarks.study import planted
 from criteo.config import Data, Model, Optimizer, Planner, Settings
 from criteo.data import Batches, Days, find_days
-from criteo.model import Training, build
+from criteo.model import build
 from criteo.start import start
 from examples.checkpoint import Checkpoints
+from examples.training import Training
 from torchrec_freq import save_counts
 from torchrec_freq.counts.ids import count_ids
 

@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,13 +40,15 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 from criteo import __main__ as program
 from criteo import data as data_module
-from criteo import evaluate, model, ranks, scan
+from criteo import model, ranks, scan
 from criteo.config import parse
 from criteo.data import Batches, Days, find_days
 from criteo.loop import Loop
 from criteo.monitor import Monitor
-from criteo.ranks import gather
+from examples import ranks as group
 from examples.checkpoint import Checkpoints, NotSaved
+from examples.ranks import gather
+from examples.training import Figures, Training
 from torchrec_freq import FrequencyConfig, row_counts, save_counts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -398,11 +401,11 @@ HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda f: cut(f / "day_0_dense.npy", 0), r"day_0_dense\.npy is not an npy"),
     "cut": (
         lambda f: cut(f / "day_2_sparse.npy", 10_000),
-        r"day_2_sparse\.npy is truncated: 10,000 bytes, where 98 rows are 10,320",
+        r"day_2_sparse\.npy is not an npy file, or truncated",
     ),
     "too long": (
         lambda f: (f / "day_0_labels.npy").open("ab").write(b"1234"),
-        r"day_0_labels\.npy is too long: 524 bytes, where 98 rows are 520",
+        r"day_0_labels\.npy is too long: 98 rows take less",
     ),
     "dtype": (
         lambda f: save(f / "day_0_dense.npy", np.zeros((SAMPLES, 13))),
@@ -498,7 +501,7 @@ def test_one_rank_alone_cannot_read(tmp_path: Path) -> None:
                 raise OSError("stale file handle")
 
             patch.setattr(data_module.Day, "read", fail)
-        with pytest.raises(ValueError, match=r"on rank 1 \(1 of 2 failed\): stale file handle"):
+        with pytest.raises(ValueError, match="on rank 1: stale file handle"):
             program.prepare(settings)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
@@ -507,7 +510,7 @@ def test_one_rank_alone_cannot_read(tmp_path: Path) -> None:
             program.prepare(settings)
     # Rank 0 alone writes.
     nowhere = replace(settings, out=tmp_path / "data" / "day_0_dense.npy" / "out")
-    with pytest.raises(ValueError, match=r"on rank 0 \(1 of 2 failed\): .*Not a directory"):
+    with pytest.raises(ValueError, match="on rank 0: .*Not a directory"):
         program.prepare(nowhere)
 
 
@@ -521,7 +524,7 @@ def test_too_many_bad_rows_to_keep(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "MOST_BAD", 40)
         patch.setattr(scan, "CHUNK", 30)
-        message = r"on rank 0 .*More than 40 bad rows: day_0_labels.npy, rows 0 to \d+"
+        message = r"on rank 0: More than 40 bad rows: day_0_labels.npy, rows 0 to \d+"
         with pytest.raises(ValueError, match=message):
             program.prepare(parse(arguments(tmp_path / "data", tmp_path / "out")))
 
@@ -680,7 +683,7 @@ def test_synthetic_data(tmp_path: Path) -> None:
 # -- model and loop
 
 
-def built(folder: Path, out: Path, *more: str) -> model.Training:
+def built(folder: Path, out: Path, *more: str) -> Training:
     return model.build(parse(arguments(folder, out, *more)), ROWS, CPU)
 
 
@@ -814,13 +817,6 @@ def test_planner_report(
     assert ("cat_25" in printed.getvalue()) == (dist.get_rank() == 0)
 
 
-class Outputs:
-    """In place of a pipeline."""
-
-    def progress(self, source: Iterator[Any]) -> Any:
-        return next(source)
-
-
 @pytest.mark.parametrize("thresholds", [None, 20_000])
 @on_ranks(2)
 def test_figures(thresholds: int | None) -> None:
@@ -829,17 +825,20 @@ def test_figures(thresholds: int | None) -> None:
     logits, labels = random.normal(size=41).astype(np.float32), random.integers(0, 2, 41)
     logits[3] = logits[20]
     shares = [part[dist.get_rank() :: 2] for part in np.split(np.arange(41), [20, 40])]
-    batches = [
-        (None, torch.from_numpy(logits[share]), torch.from_numpy(labels[share])) for share in shares
-    ]
-    pipeline: Any = Outputs()
-    figures = evaluate.evaluate(pipeline, iter(batches), CPU, thresholds, lambda: None)
+
+    def measured(thresholds: int | None) -> dict[str, float]:
+        metrics = Figures(CPU, thresholds)
+        for share in shares:
+            metrics.update(torch.from_numpy(logits[share]), torch.from_numpy(labels[share]))
+        return metrics.compute()
+
+    figures = measured(thresholds)
     pairs = [
         (logits[a] > logits[b]) + 0.5 * (logits[a] == logits[b])
         for a, b in itertools.product(np.flatnonzero(labels == 1), np.flatnonzero(labels == 0))
     ]
     assert figures["auc"] == pytest.approx(np.mean(pairs), abs=1e-6 if thresholds is None else 1e-3)
-    coarse = evaluate.evaluate(pipeline, iter(batches), CPU, 3, lambda: None)
+    coarse = measured(3)
     assert abs(coarse["auc"] - figures["auc"]) > 1e-3
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
     losses = -np.log(np.where(labels == 1, probability, 1 - probability))
@@ -851,11 +850,11 @@ def test_figures(thresholds: int | None) -> None:
 GIVEN = ["--data.folder", "data"]
 REFUSED = [
     ([], "No data: give data.folder, or data.synthetic"),
-    (["--data.synthetic", "99"], "data.synthetic must be at least 100; got 99"),
+    (["--data.synthetic", "99"], '"data.synthetic".*v>=100'),
     ([*GIVEN, "--data.rows", "[1, 2]"], "data.rows must be 26 numbers, one a table; got 2"),
-    ([*GIVEN, "--data.rows", str([0] * 26)], "data.rows must be at least 1; got 0"),
-    ([*GIVEN, "--data.max_rows", "0"], "data.max_rows must be at least 1"),
-    ([*GIVEN, "--data.threads", "0"], "data.threads must be at least 1"),
+    ([*GIVEN, "--data.rows", str([0] * 26)], '"data.rows".* 0 .* v>=1'),
+    ([*GIVEN, "--data.max_rows", "0"], '"data.max_rows".*v>=1'),
+    ([*GIVEN, "--data.threads", "0"], '"data.threads".*v>=1'),
     ([*GIVEN, "--data.scan", "false"], "give data.rows"),
     (
         [*GIVEN, "--data.rows", str(ROWS), "--data.scan", "false", "--data.bad_rows", "skip"],
@@ -863,35 +862,35 @@ REFUSED = [
     ),
     ([*GIVEN, "--data.bad_rows", "fix"], "data.bad_rows"),
     ([*GIVEN, "--model.dim", "6"], "model.dim must be a multiple of 4"),
-    ([*GIVEN, "--model.top", "[8, 0]"], "model.top must be at least 1; got 0"),
+    ([*GIVEN, "--model.top", "[8, 0]"], '"model.top".* 0 .*v>=1'),
     ([*GIVEN, "--model.dcn_rank", "4"], "are for model.kind=DLRM_DCN"),
     ([*GIVEN, "--model.kind", "DLRM_DCN"], "needs model.dcn_layers and model.dcn_rank"),
     ([*GIVEN, "--optimizer.name", "Adam"], "optimizer.name"),
-    ([*GIVEN, "--optimizer.lr", ".inf"], "optimizer.lr must be a finite number >= 0; got inf"),
-    ([*GIVEN, "--optimizer.warmup", "-1"], "optimizer.warmup must be at least 0"),
+    ([*GIVEN, "--optimizer.lr", ".inf"], '"optimizer.lr".*inf'),
+    ([*GIVEN, "--optimizer.warmup", "-1"], '"optimizer.warmup".* -1 .*v>=0'),
     ([*GIVEN, "--optimizer.frequency.half_life", "0"], "Invalid half_life value: 0"),
     (
         [*GIVEN, "--optimizer.name", "SGD", "--optimizer.frequency.own_weight", "2"],
         "optimizer.frequency is for FrequencySGD",
     ),
     ([*GIVEN, "--optimizer.frequency.count", "frozen"], "needs the file planner.counts"),
-    ([*GIVEN, "--planner.sharding", "[rows]"], "planner.sharding must be some of"),
-    ([*GIVEN, "--planner.kernels", "[]"], "planner.kernels must be some of"),
-    ([*GIVEN, "--planner.hbm_gb", "0"], "planner.hbm_gb must be a number above 0"),
+    ([*GIVEN, "--planner.sharding", "[rows]"], '"planner.sharding".*table_wise'),
+    ([*GIVEN, "--planner.kernels", "[]"], "planner.kernels must not be empty"),
+    ([*GIVEN, "--planner.hbm_gb", "0"], '"planner.hbm_gb".*v>0'),
     (
         [*GIVEN, "--planner.sharding", "[data_parallel]", "--optimizer.name", "SGD"],
         "does not train data_parallel tables with SGD",
     ),
-    ([*GIVEN, "--evaluation.thresholds", "1"], "evaluation.thresholds must be at least 2"),
+    ([*GIVEN, "--evaluation.thresholds", "1"], '"evaluation.thresholds".*v>=2'),
     ([*GIVEN, "--evaluation.samples", "9"], "give evaluation.every"),
-    ([*GIVEN, "--checkpoint.minutes", "-1"], "checkpoint.minutes must be >= 0"),
-    ([*GIVEN, "--checkpoint.keep", "0"], "checkpoint.keep must be at least 1"),
-    ([*GIVEN, "--batch_size", "0"], "batch_size must be at least 1; got 0"),
+    ([*GIVEN, "--checkpoint.minutes", "-1"], '"checkpoint.minutes".* -1 .*v>=0'),
+    ([*GIVEN, "--checkpoint.keep", "0"], '"checkpoint.keep".*v>=1'),
+    ([*GIVEN, "--batch_size", "0"], '"batch_size".* 0 .*v>=1'),
     ([*GIVEN, "--batch_size", "many"], "batch_size"),
     ([*GIVEN, "--model.dim", "null"], "model.dim"),
     ([*GIVEN, "--model.bottom", "[8, null]"], "model.bottom"),
-    ([*GIVEN, "--seed", str(2**64)], "seed must be at most"),
-    ([*GIVEN, "--batch_size", str(10**400)], "batch_size must be at most"),
+    ([*GIVEN, "--seed", str(2**64)], '"seed".*v<='),
+    ([*GIVEN, "--batch_size", str(10**400)], '"batch_size".*v<='),
     ([*GIVEN, "--checkpoint.not_saved", "maybe"], "checkpoint.not_saved"),
     ([*GIVEN, "--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
 ]
@@ -901,7 +900,7 @@ REFUSED = [
 def test_refused_settings(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         parse(flags)
-    assert message in str(error.value)
+    assert re.search(message, str(error.value), re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -914,8 +913,8 @@ def test_refused_settings(flags: list[str], message: str) -> None:
             "data: {synthetic: 500}\noptimizer: {frequency: null}",
             "optimizer.frequency must be a section of settings; got None",
         ),
-        ("data: {synthetic: 500}\nepochs: null", "epochs must not be null; leave it out"),
-        ("data: {synthetic: 500}\nmodel: {dim: null}", "model.dim must not be null"),
+        ("data: {synthetic: 500}\nepochs: null", '"epochs"'),
+        ("data: {synthetic: 500}\nmodel: {dim: null}", '"model.dim"'),
         ("data: {synthetic: 500}\nepochs: [1]", "epochs"),
         ("data: &a [*a]", "refers to itself"),
         ("null", "null"),
@@ -1044,7 +1043,7 @@ def test_what_cannot_be_trained_on_is_said_in_a_line(
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["train", *flags])
-        patch.setattr(program, "connect", lambda backend: None)
+        patch.setattr(group, "connect", lambda backend: None)
         program.main()
     assert stopped.value.code == 2
     errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
@@ -1109,8 +1108,8 @@ def test_main_leaves_the_group(
             raise end
 
     monkeypatch.setattr(program, "train", train)
-    monkeypatch.setattr(program, "connect", lambda backend: None)
-    monkeypatch.setattr(program, "logging", mock.Mock())  # whose levels it would set
+    monkeypatch.setattr(group, "connect", lambda backend: None)
+    monkeypatch.setattr(group, "logging", mock.Mock())  # whose levels it would set
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("barrier", "destroy_process_group"):
         monkeypatch.setattr(dist, name, functools.partial(calls.append, name))

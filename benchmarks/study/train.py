@@ -18,15 +18,11 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from benchmarks.study import ablation, stream
 from benchmarks.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run
 from benchmarks.study.data import Dataset, load
-from examples.demo import Arm as Training
-from examples.demo import shard
-from torchrec_freq import FrequencySGD, load_row_counts
+from examples.training import OPTIMIZERS, Training, shard_alike
+from torchrec_freq import load_row_counts
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "FrequencySGD": FrequencySGD,
-    "SGD": torch.optim.SGD,
-    "Adagrad": torch.optim.Adagrad,
-    "RowWiseAdagrad": RowWiseAdagrad,
+ARMS = {
+    **OPTIMIZERS,
     "ClippedRowWiseAdagrad": RowWiseAdagrad,  # and what `ablation` does to its sums
     "Adam": Adam,  # FBGEMM has it on CUDA only
 }
@@ -83,10 +79,11 @@ def build(run: Run, data: Dataset) -> Training:
     options, lr = dict(run.arm.options), run.lr
     if run.arm == CLIPPED:
         lr = ablation.kernel_lr(lr, options.pop("own_weight"))
-    optimizer = OPTIMIZERS[run.arm.optimizer]
-    apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": lr, **options})
+    apply_optimizer_in_backward(
+        ARMS[run.arm.optimizer], collection.parameters(), {"lr": lr, **options}
+    )
 
-    training = shard(run.arm.label, run.lr, module, tables, device)
+    training = shard_alike(module, tables, device)
     if options.get("count") == "frozen":
         counts = {f"t_{name}": count for name, count in data.counts().items()}
         load_row_counts(training.model, counts)
@@ -137,10 +134,7 @@ def _epochs(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
 
 def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """One step; logits and labels of the batch before it, None where the loss is no number."""
-    training.optimizer.zero_grad()
-    loss, (_, logits, labels) = training.model(batch.to(training.model.device))
-    loss.backward()  # updates the embedding tables, too
-    training.optimizer.step()
+    loss, (_, logits, labels) = training.step(batch.to(training.model.device))
     return (logits.cpu(), labels.cpu()) if loss.isfinite() else None
 
 
