@@ -53,7 +53,7 @@ MODULES_WITH_EXAMPLES = [
     for path in sorted((ROOT / "torchrec_freq").rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-MADE_BY_SPHINX = {"{eval-rst}", "{toctree}"}
+MADE_BY_SPHINX = {"{eval-rst}", "{toctree}", "{literalinclude} ../examples/start.py"}
 
 
 @dataclass(frozen=True)

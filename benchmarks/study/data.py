@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.study import planted
 from benchmarks.study.config import in_time
+from criteo.data import Days, find_days
 from examples import movielens
 
 EVALUATION_BATCH = 4096  # samples
@@ -100,28 +101,19 @@ def criteo_data(folder: Path, *, in_time: bool = False) -> Dataset:
     Args:
         folder: day_*_{dense,sparse,labels}.npy, as TorchRec's npy_preproc_criteo makes them.
     """
-    days = sorted(folder.glob("*_sparse.npy"))
-    if len(days) < 2:
-        raise FileNotFoundError(
-            f"{folder} holds {len(days)} days of Criteo data. Expected at least two, each as "
-            "day_0_sparse.npy with _dense and _labels, which TorchRec's script "
-            "torchrec.datasets.scripts.npy_preproc_criteo makes of the original files."
-        )
-    sparse, dense, labels = (
-        [np.load(day.with_name(day.name.replace("sparse", kind))) for day in days]
-        for kind in ("sparse", "dense", "labels")
-    )
-    ids = np.concatenate(sparse)
+    days = find_days(folder)
+    samples = Days(days).read(0, sum(day.samples for day in days))
+    ids, held_out = samples["sparse"], days[-1].samples
     sizes = np.minimum(ids.max(axis=0).astype(np.int64) + 1, MAX_ROWS)
     ids %= sizes.astype(ids.dtype)
-    last = len(ids) - len(sparse[-1])
+    last = len(ids) - held_out
     counts = [np.bincount(column[:last], minlength=column.max() + 1)[column] for column in ids.T]
     mean_log_count = np.log1p(counts).mean(axis=0)
     tables = dict(zip(DEFAULT_CAT_NAMES, sizes.tolist(), strict=True))
-    dense_BD = torch.from_numpy(np.concatenate(dense))
-    labels_B = torch.from_numpy(np.concatenate(labels).ravel())
+    dense_BD = torch.from_numpy(samples["dense"])
+    labels_B = torch.from_numpy(samples["labels"].ravel())
     batch = _single_ids(list(tables), torch.from_numpy(ids), dense_BD, labels_B)
-    ends = [last, last + len(sparse[-1]) // 2]
+    ends = [last, last + held_out // 2]
     rows = dict(zip(SPLITS, torch.arange(len(ids)).tensor_split(ends), strict=True))
     rare = torch.from_numpy(mean_log_count < np.quantile(mean_log_count[last:], RARE))
     return Dataset(tables, dense_BD.shape[1], batch, rows, rare, in_time)

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.study.config import Experiment, Run
 from benchmarks.study.data import find
-from benchmarks.study.results import Result, Results
-from benchmarks.study.sweep import Sweep
+from benchmarks.study.sweep import Result, Results, Sweep
 from benchmarks.study.train import train
 from examples.ranks import start_ranks
 
