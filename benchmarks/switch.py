@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
 from benchmarks.pictures import GREY, picture
-from benchmarks.study import planted
+from criteo import planted
 from criteo.config import Data, Model, Optimizer, Planner, Settings
 from criteo.data import Batches, Days, find_days
 from criteo.model import build

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from benchmarks.study import planted
+from criteo import planted
 from criteo.config import Settings, parse
 from criteo.data import Batches, Day, Days, find_days
 from criteo.loop import Loop

@@ -1061,6 +1061,16 @@ def test_another_rank_with_another_error_says_so(tmp_path: Path) -> None:
     assert said.getvalue() == f"error: of rank {rank} alone\n"
 
 
+def test_the_image_has_all_that_is_imported(tmp_path: Path) -> None:
+    for line in (REPOSITORY / "launch" / "Dockerfile.dockerignore").read_text().splitlines():
+        if line.startswith("!"):
+            (tmp_path / line[1:]).symlink_to(REPOSITORY / line[1:])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "import criteo.__main__"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("name", ["smoke", "criteo"])
 def test_shipped_settings(name: str) -> None:
     file = REPOSITORY / "criteo" / f"{name}.yaml"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study.planted import TASKS
+from criteo.planted import TASKS
 from torchrec_freq.config import FrequencyConfig
 
 STREAM, AFTER = "predict-then-train", "after the stream"

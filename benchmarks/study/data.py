@@ -12,8 +12,8 @@ from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.study import planted
 from benchmarks.study.config import in_time
+from criteo import planted
 from criteo.data import Days, find_days
 from examples import movielens
 
