@@ -70,10 +70,7 @@ class Bench:
         """Trains, and evaluates before the first step and after each ``every`` steps."""
         curve = [(float(steps.start), self.loss(training))]
         for step in steps:
-            loss, _ = training.model(self.train[step])
-            training.dense_optimizer.zero_grad()
-            loss.backward()
-            training.optimizer.step()
+            training.step(self.train[step])
             if (step + 1 - steps.start) % every == 0:
                 curve.append((float(step + 1), self.loss(training)))
         return curve
@@ -136,14 +133,14 @@ def fresh(bench: Bench, seeds: int, at: list[int]) -> dict[str, list[str]]:
 def draw(path: Path, title: str, curves: Mapping[str, Curve], mark: float) -> None:
     """The first curve is what the others are compared with, and is seen below them."""
     with picture(path) as figure:
-        figure.set_size_inches(7.5, 3.5)
+        figure.set_size_inches(7.5, 3.8)
         panel = figure.subplots()
         for number, (name, curve) in enumerate(curves.items()):
             pen = {} if number else {"linewidth": 7, "alpha": 0.4}
             panel.plot(*zip(*curve, strict=True), label=name, **pen)
         panel.axvline(mark, color=GREY, linestyle="--", linewidth=1)
         panel.set(title=title, xlabel="step", ylabel="log loss of held-out samples")
-        panel.legend()
+        figure.legend(loc="outside lower center", ncols=2)
 
 
 def prepare(folder: Path, before: int, held_out: int) -> Bench:

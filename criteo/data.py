@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 from torchrec.datasets.criteo import (
     CAT_FEATURE_COUNT,
     DEFAULT_CAT_NAMES,
@@ -197,16 +198,16 @@ class Batches:
         ids = samples["sparse"]
         if self._modulo is not None:
             ids = ids % self._modulo
-        ids = np.ascontiguousarray(ids.T, dtype=self._id_dtype).reshape(-1)
-        return Batch(
-            dense_features=torch.from_numpy(samples["dense"]),
-            sparse_features=KeyedJaggedTensor(
-                keys=DEFAULT_CAT_NAMES,
-                values=torch.from_numpy(ids),
-                lengths=torch.ones(len(ids), dtype=torch.int32),
-            ),
-            labels=torch.from_numpy(samples["labels"].reshape(-1)),
-        )
+        ids_BF = torch.from_numpy(ids.astype(self._id_dtype, copy=False))
+        dense_BD, labels_B = (torch.from_numpy(samples[kind]) for kind in ("dense", "labels"))
+        return single_ids(DEFAULT_CAT_NAMES, ids_BF, dense_BD, labels_B.flatten())
+
+
+def single_ids(names: list[str], ids_BF: Tensor, dense_BD: Tensor, labels_B: Tensor) -> Batch:
+    """Samples (B) with one id for each feature (F)."""
+    lengths = torch.ones(ids_BF.numel(), dtype=torch.int32)
+    sparse = KeyedJaggedTensor(keys=names, values=ids_BF.T.flatten(), lengths=lengths)
+    return Batch(dense_BD, sparse, labels_B)
 
 
 @functools.lru_cache(maxsize=2)  # threads may be on either side of an epoch's end

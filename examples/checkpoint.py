@@ -180,9 +180,7 @@ class Checkpoints:
     def _paths(self, prefix: str = "") -> list[Path]:
         """Folders named as checkpoints, in order of their steps, and none of somebody else."""
         pattern = re.compile(rf"{prefix}step-\d{{8,18}}")
-        return sorted(
-            filter(lambda path: pattern.fullmatch(path.name), self.folder.glob("*")), key=_step
-        )
+        return sorted(filter(lambda p: pattern.fullmatch(p.name), self.folder.glob("*")), key=_step)
 
     def _whole(self) -> tuple[list[Checkpoint], list[str]]:
         """Those that seem whole, oldest first, and what is wrong with the others."""

@@ -43,7 +43,7 @@ def test_a_picture_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     lines = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
     for name, points in curves.items():
         assert lines[name] == [list(point) for point in points]
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == list(curves)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(curves)
     assert (panel.get_title(), panel.get_xlabel()) == ("A & B", "step")
     assert "loss" in panel.get_ylabel()
     close(figures[0])

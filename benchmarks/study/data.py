@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from torchrec.datasets.utils import Batch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.study.config import in_time
 from criteo import planted
-from criteo.data import Days, find_days
+from criteo.data import Days, find_days, single_ids
 from examples import movielens
 
 EVALUATION_BATCH = 4096  # samples
@@ -89,7 +88,11 @@ def movielens_data(folder: Path, *, in_time: bool, ids_only: bool) -> Dataset:
     columns = [list(data.tables).index(name) for name in tables]
     # The dense part of a model must have an input.
     constant = torch.ones(len(data.labels), 1)
-    batch = _single_ids(list(tables), data.ids[:, columns], constant, data.labels)
+    ids = data.ids[:, columns]
+
+    def batch(some: Tensor) -> Batch:
+        return single_ids(list(tables), ids[some], constant[some], data.labels[some])
+
     return Dataset(tables, 1, batch, rows, data.rare, in_time)
 
 
@@ -112,25 +115,15 @@ def criteo_data(folder: Path, *, in_time: bool = False) -> Dataset:
     tables = dict(zip(DEFAULT_CAT_NAMES, sizes.tolist(), strict=True))
     dense_BD = torch.from_numpy(samples["dense"])
     labels_B = torch.from_numpy(samples["labels"].ravel())
-    batch = _single_ids(list(tables), torch.from_numpy(ids), dense_BD, labels_B)
+    ids_BF = torch.from_numpy(ids)
+
+    def batch(some: Tensor) -> Batch:
+        return single_ids(list(tables), ids_BF[some].long(), dense_BD[some], labels_B[some])
+
     ends = [last, last + held_out // 2]
     rows = dict(zip(SPLITS, torch.arange(len(ids)).tensor_split(ends), strict=True))
     rare = torch.from_numpy(mean_log_count < np.quantile(mean_log_count[last:], RARE))
     return Dataset(tables, dense_BD.shape[1], batch, rows, rare, in_time)
-
-
-def _single_ids(
-    names: list[str], ids_BF: Tensor, dense_BD: Tensor, labels_B: Tensor
-) -> Callable[[Tensor], Batch]:
-    """Batches of samples (B) with one id for each feature (F)."""
-
-    def batch(rows: Tensor) -> Batch:
-        lengths = torch.ones(len(names) * len(rows), dtype=torch.int32)
-        values = ids_BF[rows].T.flatten().long()
-        sparse = KeyedJaggedTensor(keys=names, values=values, lengths=lengths)
-        return Batch(dense_BD[rows], sparse, labels_B[rows])
-
-    return batch
 
 
 def find(name: str, folder: Path) -> Path | None:
