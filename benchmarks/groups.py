@@ -26,9 +26,9 @@ from torch import Tensor
 
 from benchmarks.study.config import FREQUENCY, ROWWISE, Arm, Run
 from benchmarks.study.data import Dataset, load
-from benchmarks.study.runner import start_rank
 from benchmarks.study.sweep import best_of, lr_at, next_exponents
 from benchmarks.study.train import build
+from examples.ranks import start_ranks
 from torchrec_freq.counts.state import TableState
 from torchrec_freq.sharded.install import frequency_modules
 
@@ -129,11 +129,8 @@ class Search:
         return best_of({exponent: figures["valid"] for exponent, figures in self._runs.items()})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the data sets")
-    folder = parser.parse_args().data
-    start_rank()
+def report(folder: Path) -> None:
+    """Prints the table, a line as soon as it is known."""
     print("| task | optimizer | groups | best lr | AUC | at lr of one group | at lr * sqrt(M) |")
     print("|---|---|---|---|---|---|---|")
     for task in TASKS:
@@ -148,7 +145,18 @@ def main() -> None:
                 cells = [search.at(exponent)["test"] for exponent in (best, first, root)]
                 figures = " | ".join(f"{value:.4f}" for value in cells)
                 name = f"{task[0]}, {task[1]}, batch {task[2]}"
-                print(f"| {name} | {arm.optimizer} | {groups} | {lr_at(best):g} | {figures} |")
+                print(
+                    f"| {name} | {arm.optimizer} | {groups} | {lr_at(best):g} | {figures} |",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the data sets")
+    folder = parser.parse_args().data
+    with start_ranks():
+        report(folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a switch between row-wise Adagrad and FrequencySGD costs, and what a pre-pass gives.
 
-    python -m benchmarks.switch -o docs        # some minutes; switch-in.svg and switch-back.svg
+    python -m benchmarks.switch -o docs        # some minutes; switch-in.png and switch-back.png
 
 A DLRM is trained on made-up clicks, each seen once, and stops; from its checkpoint it goes on in
 several ways, on the same batches. Then models begin anew, with and without counts of the data.
@@ -8,29 +8,28 @@ The loss is that of samples of the last day, which no model is trained on.
 """
 
 import argparse
-import contextlib
-import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
-from benchmarks.curves import Curve, draw
-from benchmarks.study import planted
+from benchmarks.pictures import GREY, picture
+from criteo import planted
 from criteo.config import Data, Model, Optimizer, Planner, Settings
 from criteo.data import Batches, Days, find_days
-from criteo.model import Training, build
+from criteo.model import build
 from criteo.start import start
 from examples.checkpoint import Checkpoints
+from examples.ranks import start_ranks
+from examples.training import Training
 from torchrec_freq import save_counts
 from torchrec_freq.counts.ids import count_ids
 
@@ -39,6 +38,9 @@ BATCH: Final = 512
 AFTER: Final = 100  # steps that are looked at after a switch
 EVERY: Final = 5
 ADAGRAD, FREQUENCY = "RowWiseAdagrad", "FrequencySGD"
+
+Curve = Sequence[tuple[float, float]]
+"""Losses by step."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,7 @@ class Bench:
         """Trains, and evaluates before the first step and after each ``every`` steps."""
         curve = [(float(steps.start), self.loss(training))]
         for step in steps:
-            loss, _ = training.model(self.train[step])
-            training.dense_optimizer.zero_grad()
-            loss.backward()
-            training.optimizer.step()
+            training.step(self.train[step])
             if (step + 1 - steps.start) % every == 0:
                 curve.append((float(step + 1), self.loss(training)))
         return curve
@@ -107,35 +106,41 @@ def switch(bench: Bench, old: str, ways: dict[str, dict[str, Any]]) -> dict[str,
     return curves
 
 
-def table(curves: dict[str, Curve], at: list[int]) -> str:
-    """Losses of the curves, as Markdown."""
+def table(at: list[int], rows: Mapping[str, Iterable[str]]) -> str:
+    """Losses by step, as Markdown."""
     lines = ["| | " + " | ".join(f"step {step}" for step in at) + " |"]
     lines.append("|---|" + "--:|" * len(at))
-    for name, curve in curves.items():
-        losses = dict(curve)
-        lines.append(f"| {name} | " + " | ".join(f"{losses[step]:.4f}" for step in at) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(rows[name])} |" for name in rows)])
 
 
-def fresh(bench: Bench, seeds: int, at: list[int]) -> str:
+def fresh(bench: Bench, seeds: int, at: list[int]) -> dict[str, list[str]]:
     """Models from their first step on, with counts of a pre-pass and without."""
-    ways = {"counts of a pre-pass": str(bench.counts), "counts from zero": "zero"}
-    found: dict[str, list[dict[float, float]]] = {name: [] for name in ways}
-    for seed in range(seeds):
-        for name, counts in ways.items():
+    rows: dict[str, list[str]] = {}
+    for name, counts in (
+        ("counts of a pre-pass", str(bench.counts)),
+        ("counts from zero", "zero"),
+    ):
+        runs = []
+        for seed in range(seeds):
             training = bench.begin(FREQUENCY, init_counts=counts, seed=seed)
-            curve = bench.run(training, range(at[-1]), at[0])
-            found[name].append(dict(curve))
-    lines = ["| | " + " | ".join(f"step {step}" for step in at) + " |"]
-    lines.append("|---|" + "--:|" * len(at))
-    for name, runs in found.items():
-        cells = []
-        for step in at:
-            losses = [run[step] for run in runs]
+            runs.append(dict(bench.run(training, range(at[-1]), at[0])))
+        for losses in ([run[step] for run in runs] for step in at):
             deviation = statistics.stdev(losses) if seeds > 1 else 0.0
-            cells.append(f"{statistics.fmean(losses):.4f} ± {deviation:.4f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.setdefault(name, []).append(f"{statistics.fmean(losses):.4f} ± {deviation:.4f}")
+    return rows
+
+
+def draw(path: Path, title: str, curves: Mapping[str, Curve], mark: float) -> None:
+    """The first curve is what the others are compared with, and is seen below them."""
+    with picture(path) as figure:
+        figure.set_size_inches(7.5, 3.8)
+        panel = figure.subplots()
+        for number, (name, curve) in enumerate(curves.items()):
+            pen = {} if number else {"linewidth": 7, "alpha": 0.4}
+            panel.plot(*zip(*curve, strict=True), label=name, **pen)
+        panel.axvline(mark, color=GREY, linestyle="--", linewidth=1)
+        panel.set(title=title, xlabel="step", ylabel="log loss of held-out samples")
+        figure.legend(loc="outside lower center", ncols=2)
 
 
 def prepare(folder: Path, before: int, held_out: int) -> Bench:
@@ -163,17 +168,6 @@ def prepare(folder: Path, before: int, held_out: int) -> Bench:
     return Bench(settings, rows, batches, held, before, counts)
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="for the pictures")
@@ -181,12 +175,10 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=30_000, help="samples")
     parser.add_argument("--seeds", type=int, default=3, help="of the models that begin anew")
     arguments = parser.parse_args()
-    # What TorchRec says about its own use of torch is no news to a reader.
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     steps: int = arguments.steps
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary, alone():
+    with tempfile.TemporaryDirectory() as temporary, start_ranks():
         bench = prepare(Path(temporary, "data"), steps, arguments.held_out)
         into = switch(
             bench,
@@ -210,15 +202,18 @@ def main() -> None:
                 "row-wise Adagrad, sums from zero": {"optimizer": ADAGRAD, "init_counts": "zero"},
             },
         )
-        begun = fresh(bench, arguments.seeds, [steps // 10, steps // 2, steps])
+        early = [steps // 10, steps // 2, steps]
+        begun = table(early, fresh(bench, arguments.seeds, early))
     shown = [steps + share * AFTER // 10 for share in (0, 1, 5, 10)]
     for name, title, curves in (
         ("switch-in", "From row-wise Adagrad to FrequencySGD", into),
         ("switch-back", "From FrequencySGD back to row-wise Adagrad", back),
     ):
-        path = arguments.output / f"{name}.svg"
-        draw(path, title, curves, "step", "log loss of held-out samples", steps)
-        print(f"\n{title} ({path})\n\n" + table(curves, shown))
+        path = arguments.output / f"{name}.png"
+        draw(path, title, curves, steps)
+        losses = {way: dict(curve) for way, curve in curves.items()}
+        rows = {way: [f"{found[step]:.4f}" for step in shown] for way, found in losses.items()}
+        print(f"\n{title} ({path})\n\n{table(shown, rows)}")
     print(f"\nFrequencySGD from its first step on, {arguments.seeds} seeds\n\n{begun}")
 
 

@@ -9,30 +9,28 @@ goes on from the last checkpoint, on any number of ranks; SIGTERM makes one and 
 
 import contextlib
 import io
-import logging
+import json
 import os
 import sys
-import warnings
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.rendezvous import rendezvous
 
-from benchmarks.study import planted
+from criteo import planted
 from criteo.config import Settings, parse
 from criteo.data import Batches, Day, Days, find_days
 from criteo.loop import Loop
 from criteo.model import build
-from criteo.monitor import Summary
-from criteo.ranks import Refused, gather, say_error, together
+from criteo.monitor import table
+from criteo.ranks import Refused, say_error, together
 from criteo.scan import Scan, scan
 from examples.checkpoint import Checkpoints, NotSaved
-from examples.demo import optimizer_bytes
-from torchrec_freq.output import check_folder
+from examples.ranks import gather, start_ranks
+from examples.training import optimizer_bytes
+from torchrec_freq.output import check_folder, write_text
 
 
 def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
@@ -83,23 +81,52 @@ def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
     return days, rows, found
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is to be trained, and what a summary says of it."""
+def train(settings: Settings, device: torch.device) -> None:
+    """Trains to the end, and leaves a summary.
 
-    loop: Loop
-    rows: int
-    bad_rows: int
-    lasting: dict[str, Any]
+    Raises:
+        Refused: data, settings, checkpoints or a loss that cannot be gone on with.
+        NotSaved: a checkpoint or the summary cannot be written.
+    """
+    try:
+        days, rows, found = prepare(settings)
+        loop = set_up(settings, device, days, rows, found)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+    loop.run()
+    progress, samples = loop.progress, loop.step * settings.batch_size
+    summary = {
+        "steps": loop.step,
+        "samples": samples,  # over all restarts
+        "ranks": dist.get_world_size(),
+        "device": device.type,
+        "seconds": progress.seconds,  # of training, without evaluations and checkpoints
+        "samples_per_second": samples / progress.seconds if progress.seconds else 0.0,
+        "train_loss": progress.train_loss,  # mean over the last steps before the end
+        "valid": progress.curve[-1]["valid"],
+        "test": progress.curve[-1]["test"],
+        "optimizer_bytes_per_row": optimizer_bytes(loop.training.model) / sum(rows),
+        "bad_rows": 0 if found is None else len(found.bad),
+        "checkpoint": str(loop.checkpoints.folder / f"step-{loop.step:08}"),
+        "curve": progress.curve,
+        "settings": loop.checkpoints.settings,
+    }
+    if dist.get_rank() == 0:
+        try:
+            write_text(settings.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        except OSError as error:
+            raise NotSaved(error.errno, str(error)) from error
+        print(table(summary), flush=True)
 
 
-def set_up(settings: Settings, device: torch.device) -> Run:
+def set_up(
+    settings: Settings, device: torch.device, days: list[Day], rows: list[int], found: Scan | None
+) -> Loop:
     """The model and its data, after the last checkpoint if there is one.
 
     Raises:
         ValueError, OSError: data, settings or checkpoints that cannot be gone on with.
     """
-    days, rows, found = prepare(settings)
     bad = np.array([] if found is None else found.bad, dtype=np.int64)
     first_held_out = sum(day.samples for day in days[:-1])
     train_days = Days(days[:-1], bad[bad < first_held_out])
@@ -115,84 +142,28 @@ def set_up(settings: Settings, device: torch.device) -> Run:
             f"The last day's {len(last_day)} samples are too few to hold out: each half needs one "
             f"for each of the {dist.get_world_size()} ranks."
         )
-
-    def batches(days: Days, part: range, batch_size: int, **options: Any) -> Batches:
-        modulo = settings.data.max_rows is not None
-        return Batches(days, part, rows=rows, modulo=modulo, batch_size=batch_size, **options)
-
+    batches = partial(Batches, rows=rows, modulo=settings.data.max_rows is not None)
     evaluation = settings.evaluation
     some = evaluation.samples and max(evaluation.samples, dist.get_world_size())
-    training = build(settings, rows, device)
     lasting = {**settings.lasting(), "train samples": len(train_days), "rows": rows}
-    loop = Loop(
+    order_seed = settings.seed if settings.data.shuffle else None
+    train_samples = range(len(train_days))
+    return Loop(
         settings,
-        training,
+        build(settings, rows, device),
         batches(
             train_days,
-            range(len(train_days)),
-            settings.batch_size,
+            train_samples,
+            batch_size=settings.batch_size,
             whole=True,
-            order_seed=settings.seed if settings.data.shuffle else None,
+            order_seed=order_seed,
         ),
         {
-            "some": batches(last_day, valid[:some], evaluation.batch_size),
-            "valid": batches(last_day, valid, evaluation.batch_size),
-            "test": batches(last_day, test, evaluation.batch_size),
+            name: batches(last_day, part, batch_size=evaluation.batch_size)
+            for name, part in (("some", valid[:some]), ("valid", valid), ("test", test))
         },
         Checkpoints(settings.out / "checkpoints", settings=lasting, keep=settings.checkpoint.keep),
     )
-    return Run(loop, sum(rows), len(bad), lasting)
-
-
-def train(settings: Settings, device: torch.device) -> None:
-    """Trains to the end, and leaves a summary.
-
-    Raises:
-        Refused: data, settings, checkpoints or a loss that cannot be gone on with.
-        NotSaved: a checkpoint or the summary cannot be written.
-    """
-    try:
-        run = set_up(settings, device)
-    except (ValueError, OSError) as error:
-        raise Refused(str(error)) from error
-    loop = run.loop
-    loop.run()
-    end = loop.progress.curve[-1]
-    summary = Summary(
-        steps=loop.step,
-        samples=loop.step * settings.batch_size,
-        ranks=dist.get_world_size(),
-        device=device.type,
-        seconds=loop.progress.seconds,
-        train_loss=loop.progress.train_loss,
-        valid=end["valid"],
-        test=end["test"],
-        optimizer_bytes_per_row=optimizer_bytes(loop.training.model) / run.rows,
-        bad_rows=run.bad_rows,
-        checkpoint=str(loop.checkpoints.folder / f"step-{loop.step:08}"),
-        curve=loop.progress.curve,
-        settings=run.lasting,
-    )
-    if dist.get_rank() == 0:
-        try:
-            summary.write(settings.out / "summary.json")
-        except OSError as error:
-            raise NotSaved(error.errno, str(error)) from error
-        print(summary.table(), flush=True)
-
-
-def connect(backend: str) -> None:
-    """Starts the process group.
-
-    torchrun keeps one store over its restarts, in which the ranks would find the addresses of those
-    that have died, and wait for them (pytorch/pytorch#135712). So each restart has keys of its own.
-    A host that was replaced counts them anew: with several hosts, start torchrun with
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which gives each restart a new store.
-    """
-    store, rank, ranks = next(rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 
 @record
@@ -208,31 +179,12 @@ def main() -> None:
         if first:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
-    warnings.filterwarnings("ignore", module="torchrec|torchmetrics")
-    warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
-    warnings.filterwarnings("ignore", "fbgemm::dense_embedding", UserWarning)
-    for name in ("torchrec", "torch.fx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # TorchRec warns of each data-parallel table that it has no sharding spec.
-    logging.getLogger().setLevel(logging.ERROR)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    connect("nccl" if device.type == "cuda" else "gloo")
     try:
-        train(settings, device)
+        with start_ranks() as device:
+            train(settings, device)
     except (Refused, NotSaved) as error:
         say_error(str(error))
         raise SystemExit(2) from None
-    except SystemExit:  # SIGTERM, on every rank
-        dist.destroy_process_group()
-        raise
-    # Not after an error: NCCL may wait there for ranks that wait for this one.
-    dist.barrier()  # no rank leaves while another still talks to it
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

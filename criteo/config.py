@@ -1,17 +1,15 @@
-"""The settings of a training run, and the only place that checks them: flags, YAML, messages."""
+"""The settings of a training run: flags, a YAML file, and what cannot go together."""
 
 import math
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, Final, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import restricted_number_type
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.types import ShardingType
 
 from torchrec_freq.config import FrequencyConfig
 
@@ -20,15 +18,20 @@ DESCRIPTION: Final = """Trains TorchRec's DLRM on Criteo files, on any number of
 The same command goes on from the last checkpoint in --out, also on another number of ranks.
 Sizes are those of all ranks together unless said otherwise."""
 
-_MOST: Final = 2**62  # more does not fit what torch keeps it in
-
-SHARDING_TYPES: Final = [kind.value for kind in ShardingType]
-KERNELS: Final = [
-    EmbeddingComputeKernel.FUSED.value,
-    EmbeddingComputeKernel.FUSED_UVM.value,
-    EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
-    EmbeddingComputeKernel.DENSE.value,
-]
+if TYPE_CHECKING:
+    from builtins import float as Above0
+    from builtins import float as Finite0
+    from builtins import int as AtLeast0
+    from builtins import int as AtLeast1
+    from builtins import int as AtLeast2
+    from builtins import int as AtLeast100
+else:  # what the parser refuses; more than 2**62 does not fit what torch keeps it in
+    AtLeast0, AtLeast1, AtLeast2, AtLeast100 = (
+        restricted_number_type(f"AtLeast{least}", int, [(">=", least), ("<=", 2**62)])
+        for least in (0, 1, 2, 100)
+    )
+    Finite0 = restricted_number_type("Finite0", float, [(">=", 0), ("<", math.inf)])
+    Above0 = restricted_number_type("Above0", float, [(">", 0), ("<", math.inf)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +52,19 @@ class Data:
     """
 
     folder: Path | None = None
-    synthetic: int | None = None
-    rows: list[int] | None = None
-    max_rows: int | None = None
+    synthetic: AtLeast100 | None = None
+    rows: list[AtLeast1] | None = None
+    max_rows: AtLeast1 | None = None
     scan: bool = True
     bad_rows: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
-    threads: int = 2
+    threads: AtLeast1 = 2
 
     def __post_init__(self) -> None:
         if self.folder is None and self.synthetic is None:
             raise ValueError(
                 "No data: give data.folder, or data.synthetic to train on made-up samples."
             )
-        _at_least(100, self, "data.synthetic")
-        _at_least(1, self, "data.rows", "data.max_rows", "data.threads")
         if self.rows is None and not self.scan:
             raise ValueError("data.scan is off, so the tables' rows are unknown: give data.rows.")
         if self.rows is not None and len(self.rows) != CAT_FEATURE_COUNT:
@@ -95,18 +96,15 @@ class Model:
     """
 
     kind: Literal["DLRM", "DLRM_DCN"] = "DLRM"
-    dim: int = 16
-    bottom: list[int] = field(default_factory=lambda: [64])
-    top: list[int] = field(default_factory=lambda: [64, 32])
-    dcn_layers: int | None = None
-    dcn_rank: int | None = None
-    fp16_from: int | None = None
+    dim: AtLeast1 = 16
+    bottom: list[AtLeast1] = field(default_factory=lambda: [64])
+    top: list[AtLeast1] = field(default_factory=lambda: [64, 32])
+    dcn_layers: AtLeast1 | None = None
+    dcn_rank: AtLeast1 | None = None
+    fp16_from: AtLeast0 | None = None
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "model.dim", "model.bottom", "model.top")
-        _at_least(1, self, "model.dcn_layers", "model.dcn_rank")
-        _at_least(0, self, "model.fp16_from")
         if self.dim % 4:
             raise ValueError(f"model.dim must be a multiple of 4 for FBGEMM; got {self.dim}.")
         given = [self.dcn_layers is not None, self.dcn_rank is not None]
@@ -129,20 +127,28 @@ class Optimizer:
     """
 
     name: Literal["FrequencySGD", "SGD", "RowWiseAdagrad", "Adagrad"] = "FrequencySGD"
-    lr: float = 0.05
-    dense_lr: float = 1e-3
-    warmup: int = 0
+    lr: Finite0 = 0.05
+    dense_lr: Finite0 = 1e-3
+    warmup: AtLeast0 = 0
     frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
 
     def __post_init__(self) -> None:
-        for name, rate in (("lr", self.lr), ("dense_lr", self.dense_lr)):
-            if not (math.isfinite(rate) and rate >= 0):
-                raise ValueError(f"optimizer.{name} must be a finite number >= 0; got {rate}.")
-        _at_least(0, self, "optimizer.warmup")
         if self.name != "FrequencySGD" and self.frequency != FrequencyConfig():
             raise ValueError(
                 f"optimizer.frequency is for FrequencySGD; optimizer.name is {self.name}."
             )
+
+
+ShardingName = Literal[
+    "data_parallel",
+    "table_wise",
+    "column_wise",
+    "row_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+]
+KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +156,9 @@ class Planner:
     """How the tables are sharded. All of this may change when a run is resumed.
 
     Args:
-        sharding: types that the planner may choose from (table_wise, row_wise, column_wise,
-            table_row_wise, table_column_wise, grid_shard, data_parallel); null: all that the
-            optimizer works with. TorchRec trains data_parallel tables with FrequencySGD only.
-        kernels: that it may choose from (fused, fused_uvm, fused_uvm_caching, and dense for
-            data_parallel); null: all.
+        sharding: types that the planner may choose from; null: all that the optimizer works with.
+            TorchRec trains data_parallel tables with FrequencySGD only.
+        kernels: that it may choose from, dense for data_parallel; null: all.
         hbm_gb: GPU memory of a rank for tables and activations, in GB of 2^30 bytes; null:
             TorchRec's own figure.
         ddr_gb: host memory of a rank, in GB of 2^30 bytes; null: TorchRec's own figure.
@@ -163,24 +167,16 @@ class Planner:
         report: whether to print the planner's report.
     """
 
-    sharding: list[str] | None = None
-    kernels: list[str] | None = None
-    hbm_gb: float | None = None
-    ddr_gb: float | None = None
+    sharding: list[ShardingName] | None = None
+    kernels: list[KernelName] | None = None
+    hbm_gb: Above0 | None = None
+    ddr_gb: Above0 | None = None
     counts: Path | None = None
     report: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("sharding", SHARDING_TYPES), ("kernels", KERNELS)):
-            chosen: Sequence[str] | None = getattr(self, name)
-            if chosen is not None and (not chosen or not set(chosen) <= set(known)):
-                raise ValueError(
-                    f"planner.{name} must be some of {', '.join(known)}; got {chosen}."
-                )
-        for name in ("hbm_gb", "ddr_gb"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"planner.{name} must be a number above 0; got {value}.")
+        if [] in (self.sharding, self.kernels):
+            raise ValueError("planner.sharding and planner.kernels must not be empty; null: all.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,14 +192,12 @@ class Evaluation:
             the exact AUC, which gathers 12 bytes a sample on every rank.
     """
 
-    every: int | None = None
-    samples: int | None = None
-    batch_size: int = 16384
-    thresholds: int | None = None
+    every: AtLeast1 | None = None
+    samples: AtLeast1 | None = None
+    batch_size: AtLeast1 = 16384
+    thresholds: AtLeast2 | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "evaluation.every", "evaluation.samples", "evaluation.batch_size")
-        _at_least(2, self, "evaluation.thresholds")
         if self.samples is not None and self.every is None:
             raise ValueError(
                 "evaluation.samples is for the evaluations along the way: give evaluation.every."
@@ -221,14 +215,9 @@ class Checkpointing:
             stop, or go_on and try again when the next one is due. The last good one is kept.
     """
 
-    minutes: float = 30
-    keep: int = 2
+    minutes: Finite0 = 30
+    keep: AtLeast1 = 2
     not_saved: Literal["stop", "go_on"] = "stop"
-
-    def __post_init__(self) -> None:
-        if not self.minutes >= 0:
-            raise ValueError(f"checkpoint.minutes must be >= 0; got {self.minutes}.")
-        _at_least(1, self, "checkpoint.keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,11 +242,11 @@ class Settings:
     """
 
     out: Path = Path("runs/train")
-    batch_size: int = 2048
-    epochs: int = 1
-    max_steps: int | None = None
-    seed: int = 0
-    log_every: int = 50
+    batch_size: AtLeast1 = 2048
+    epochs: AtLeast1 = 1
+    max_steps: AtLeast1 | None = None
+    seed: AtLeast0 = 0
+    log_every: AtLeast1 = 50
     init_from: Path | None = None
     init_counts: str = "sums"
     data: Data
@@ -268,15 +257,12 @@ class Settings:
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "batch_size", "epochs", "max_steps", "log_every")
-        _at_least(0, self, "seed")
-        sharding = self.planner.sharding or []
-        if self.optimizer.name != "FrequencySGD" and "data_parallel" in sharding:
-            raise ValueError(
-                f"planner.sharding: TorchRec does not train data_parallel tables with "
-                f"{self.optimizer.name}. Leave it out, or use FrequencySGD."
-            )
         name = self.optimizer.name
+        if name != "FrequencySGD" and "data_parallel" in (self.planner.sharding or []):
+            raise ValueError(
+                f"planner.sharding: TorchRec does not train data_parallel tables with {name}. "
+                "Leave it out, or use FrequencySGD."
+            )
         if self.init_counts not in ("sums", "zero") and name != "FrequencySGD":
             raise ValueError(
                 f"init_counts={self.init_counts}: a file of counts is for FrequencySGD; "
@@ -308,18 +294,16 @@ class Settings:
 
     def lasting(self) -> dict[str, Any]:
         """What a run must have in common with the checkpoint that it resumes."""
-        lasting = {
+        lasting: dict[str, Any] = {
             "batch_size": self.batch_size,
             "seed": self.seed,
             "data.shuffle": self.data.shuffle,
         }
-        for name, part in (
-            ("model", self.model),
-            ("optimizer", self.optimizer),
-            ("optimizer.frequency", self.optimizer.frequency),
-        ):
-            lasting |= {f"{name}.{key}": value for key, value in vars(part).items()}
-        del lasting["optimizer.frequency"]
+        optimizer = vars(self.optimizer) | {}
+        frequency = vars(optimizer.pop("frequency"))
+        parts = {"model": vars(self.model), "optimizer": optimizer}
+        for part, values in (parts | {"optimizer.frequency": frequency}).items():
+            lasting |= {f"{part}.{key}": value for key, value in values.items()}
         return lasting
 
 
@@ -339,33 +323,31 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_class_arguments(Settings)
     try:
         parsed = parser.parse_args(arguments)
-        _check_kinds(Settings, parsed)
+        _check_sections(Settings, parsed)
+        parser.validate(parsed, skip_unset=False)  # a null for a number, too
         parsed = parser.instantiate(parsed)
-    except (ArgumentError, UnicodeDecodeError) as error:
+    except (ArgumentError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
     except RecursionError as error:
         raise ValueError("--config: the file is nested too deeply, or refers to itself.") from error
-    return Settings(**{entry.name: parsed[entry.name] for entry in fields(Settings)})
+    settings = Settings(**{entry.name: parsed[entry.name] for entry in fields(Settings)})
+    return cast(Settings, _plain(settings))
 
 
-def _check_kinds(section: Any, parsed: Any, prefix: str = "") -> None:
-    """Refuses what jsonargparse takes from a file: a null for a number, anything for a section."""
+def _plain(value: Any) -> Any:
+    """Numbers as Python has them: a checkpoint's metadata must not name the parser's types."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: _plain(entry) for name, entry in vars(value).items()})
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return kind(value) if kind else value
+
+
+def _check_sections(section: Any, parsed: Namespace, prefix: str = "") -> None:
+    """Refuses what jsonargparse takes from a file: anything for a section."""
     for name, kind in get_type_hints(section).items():
-        value = parsed[name]
         if is_dataclass(kind):
-            if not isinstance(value, Namespace):
+            if not isinstance(value := parsed[name], Namespace):
                 raise ValueError(f"{prefix}{name} must be a section of settings; got {value!r}.")
-            _check_kinds(kind, value, f"{prefix}{name}.")
-        elif value is None and NoneType not in get_args(kind):
-            raise ValueError(f"{prefix}{name} must not be null; leave it out for its default.")
-
-
-def _at_least(minimum: int, part: object, *paths: str) -> None:
-    """Refuses settings of a part, named by their paths, that are smaller, or vast."""
-    for path in paths:
-        setting = getattr(part, path.split(".")[-1])
-        for value in setting if isinstance(setting, list) else [setting]:
-            if value is not None and value < minimum:
-                raise ValueError(f"{path} must be at least {minimum}; got {value}.")
-            if value is not None and value > _MOST:
-                raise ValueError(f"{path} must be at most {_MOST}; got {value}.")
+            _check_sections(kind, value, f"{prefix}{name}.")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 from torchrec.datasets.criteo import (
     CAT_FEATURE_COUNT,
     DEFAULT_CAT_NAMES,
@@ -87,27 +88,20 @@ def _day(stem: Path) -> Day:
 
 def _header(path: Path, kind: str) -> tuple[int, str]:
     """Rows and dtype of a file of a kind."""
-    with path.open("rb") as file:
-        try:
-            np.lib.format.read_magic(file)
-            shape, column_order, dtype = np.lib.format.read_array_header_1_0(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not an npy file, or truncated: {error}.") from error
-        offset = file.tell()
-    if dtype.name not in DTYPES[kind] or not dtype.isnative:
-        raise ValueError(f"{path} holds {dtype}; expected {' or '.join(DTYPES[kind])}.")
-    if len(shape) != 2 or shape[1] != COLUMNS[kind] or shape[0] == 0:
+    try:
+        values = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path} is not an npy file, or truncated: {error}.") from error
+    if values.dtype.name not in DTYPES[kind] or not values.dtype.isnative:
+        raise ValueError(f"{path} holds {values.dtype}; expected {' or '.join(DTYPES[kind])}.")
+    if values.ndim != 2 or values.shape[1] != COLUMNS[kind] or not len(values):
         expected = f"[samples, {COLUMNS[kind]}]"
-        raise ValueError(f"{path} has the shape {list(shape)}; expected {expected}.")
-    if column_order:
+        raise ValueError(f"{path} has the shape {list(values.shape)}; expected {expected}.")
+    if not values.flags.c_contiguous:
         raise ValueError(f"{path} is stored by column; save np.ascontiguousarray of it.")
-    expected_bytes, found = offset + shape[0] * shape[1] * dtype.itemsize, path.stat().st_size
-    if found != expected_bytes:
-        fault = "truncated" if found < expected_bytes else "too long"
-        raise ValueError(
-            f"{path} is {fault}: {found:,} bytes, where {shape[0]:,} rows are {expected_bytes:,}."
-        )
-    return shape[0], dtype.name
+    if path.stat().st_size > values.offset + values.nbytes:
+        raise ValueError(f"{path} is too long: {len(values):,} rows take less.")
+    return len(values), values.dtype.name
 
 
 class Days:
@@ -191,38 +185,29 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         """Batch of a step, counted from 0 over all passes."""
-        number = self._number(step)
+        epoch, number = divmod(step, self.steps)
+        if self._order_seed is not None:
+            number = int(_order(self._order_seed, epoch, self.steps)[number])
         batch = self._part[number * self._batch_size :]
         if number < self.steps - 1 or not self._all:
             batch = batch[: self._batch_size]
         # As torch.tensor_split has it: the first ranks have one sample more.
         size, more = divmod(len(batch), self._ranks)
-        start = self._rank * size + min(self._rank, more)
-        share = batch[start : start + size + (self._rank < more)]
-        return self._batch(share)
-
-    def _number(self, step: int) -> int:
-        epoch, number = divmod(step, self.steps)
-        if self._order_seed is None:
-            return number
-        return int(_order(self._order_seed, epoch, self.steps)[number])
-
-    def _batch(self, share: range) -> Batch:
-        samples = self._days.read(share.start, share.stop)
+        start = batch.start + self._rank * size + min(self._rank, more)
+        samples = self._days.read(start, start + size + (self._rank < more))
         ids = samples["sparse"]
         if self._modulo is not None:
             ids = ids % self._modulo
-        ids = np.ascontiguousarray(ids.T, dtype=self._id_dtype).reshape(-1)
-        return Batch(
-            dense_features=torch.from_numpy(samples["dense"]),
-            sparse_features=KeyedJaggedTensor(
-                keys=DEFAULT_CAT_NAMES,
-                values=torch.from_numpy(ids),
-                lengths=torch.ones(len(ids), dtype=torch.int32),
-                stride=len(share),
-            ),
-            labels=torch.from_numpy(samples["labels"].reshape(-1)),
-        )
+        ids_BF = torch.from_numpy(ids.astype(self._id_dtype, copy=False))
+        dense_BD, labels_B = (torch.from_numpy(samples[kind]) for kind in ("dense", "labels"))
+        return single_ids(DEFAULT_CAT_NAMES, ids_BF, dense_BD, labels_B.flatten())
+
+
+def single_ids(names: list[str], ids_BF: Tensor, dense_BD: Tensor, labels_B: Tensor) -> Batch:
+    """Samples (B) with one id for each feature (F)."""
+    lengths = torch.ones(ids_BF.numel(), dtype=torch.int32)
+    sparse = KeyedJaggedTensor(keys=names, values=ids_BF.T.flatten(), lengths=lengths)
+    return Batch(dense_BD, sparse, labels_B)
 
 
 @functools.lru_cache(maxsize=2)  # threads may be on either side of an epoch's end

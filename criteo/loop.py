@@ -1,9 +1,9 @@
 """The training loop: steps, figures, evaluations, checkpoints, and a clean stop."""
 
-import functools
 import math
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,12 +14,12 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from criteo.config import Settings
 from criteo.data import Batches, read_ahead
-from criteo.evaluate import evaluate, next_outputs
-from criteo.model import Training, set_rates
+from criteo.model import set_rates
 from criteo.monitor import Monitor
 from criteo.ranks import Refused
 from criteo.start import start
 from examples.checkpoint import Checkpoints, NotSaved
+from examples.training import Figures, Training
 from torchrec_freq import TrainingMonitor
 
 TERMINATED = 128 + signal.SIGTERM
@@ -84,21 +84,17 @@ class Loop:
             Refused: the loss is no finite number, on every rank.
             NotSaved: a checkpoint cannot be written, on every rank; the last good one is kept.
         """
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
         every = self.settings.evaluation.every
         if self.step:
             self.monitor.say(f"Resumed from {self._path(self.step)}, after {self.step} steps.")
-        self.last_save = self.mark = time.monotonic()
-        while True:
-            if self.step == self.steps:
-                self._evaluate("valid", "test")
-                break
+        self.last_save = time.monotonic()
+        while self.step < self.steps:
             if every and self.step and self.step % every == 0:
                 self._evaluate("some")
-            stop = self.steps
-            if every:
-                stop = min(stop, (self.step // every + 1) * every)
-            self._train_to(stop)
+            due = (self.step // every + 1) * every if every else self.steps
+            self._train_to(min(due, self.steps))
+        self._evaluate("valid", "test")
         if self.saved != self.steps:
             self._save()
         self.monitor.close()
@@ -111,16 +107,21 @@ class Loop:
         self.mark = time.monotonic()
         while self.step < stop:
             rate = set_rates(self.training, self.settings.optimizer, self.step)
-            outputs = next_outputs(self.pipeline, source)
-            assert outputs is not None, "the pipeline ended before its batches"
-            loss += outputs[0]  # stays on the device
+            loss += self.pipeline.progress(source)[0]  # stays on the device
             self.step, summed = self.step + 1, summed + 1
             if self.step % self.settings.log_every == 0 or self.step == stop:
                 self._log(loss / summed, summed, rate)
                 loss.zero_()
                 summed = 0
-        rest = next_outputs(self.pipeline, source)  # empties it
-        assert rest is None
+        assert next(self._outputs(source), None) is None  # empties the pipeline
+
+    def _outputs(self, source: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Loss, logits and labels, by batch."""
+        while True:
+            try:
+                yield self.pipeline.progress(source)
+            except StopIteration:
+                return
 
     def _log(self, loss: Tensor, steps: int, rate: float) -> None:
         """The only place where the host waits for the device, and the ranks agree what to do."""
@@ -159,6 +160,7 @@ class Loop:
                 self.monitor.say(f"{error}. Training goes on, and will try again.")
         self.mark = time.monotonic()
 
+    @torch.no_grad()
     def _evaluate(self, *splits: str) -> None:
         """Adds a point to the curve, unless a resumed run has it."""
         curve = self.progress.curve
@@ -169,13 +171,15 @@ class Loop:
         for split in splits:
             batches = self.held_out[split]
             source = read_ahead(batches, range(batches.steps), self.settings.data.threads)
-            figures = evaluate(
-                self.pipeline,
-                source,
-                self.device,
-                self.settings.evaluation.thresholds,
-                functools.partial(self._stop_if_terminated, [0]),
-            )
+            metrics = Figures(self.device, self.settings.evaluation.thresholds)
+            for number, (_, logits, labels) in enumerate(self._outputs(source), start=1):
+                metrics.update(logits, labels)
+                if number % self.settings.log_every == 0:  # it may take long
+                    terminated = torch.tensor(int(self.terminated), device=self.device)
+                    dist.all_reduce(terminated)
+                    if terminated:
+                        self._stop()
+            figures = metrics.compute()
             name = "test" if split == "test" else "valid"
             point[name] = figures
             self.monitor.log(self.step, {f"{name}/{key}": figures[key] for key in figures})
@@ -188,15 +192,6 @@ class Loop:
             self.tables.step(self.step)
         curve.append(point)
 
-    def _stop_if_terminated(self, calls: list[int]) -> None:
-        """For a long evaluation: asks the other ranks every `log_every` calls."""
-        calls[0] += 1
-        if calls[0] % self.settings.log_every == 0:
-            flag = torch.tensor(int(self.terminated), device=self.device)
-            dist.all_reduce(flag)
-            if flag:
-                self._stop()
-
     def _stop(self) -> None:
         if self.saved != self.step:
             self._save()
@@ -206,9 +201,6 @@ class Loop:
         )
         self.monitor.close()
         raise SystemExit(TERMINATED)
-
-    def _on_sigterm(self, *_: object) -> None:
-        self.terminated = True
 
     def _save(self) -> None:
         self.checkpoints.save(self.step, self.training.state(), asdict(self.progress))

@@ -1,9 +1,9 @@
 """The sharded model of a run, its optimizers, and its first weights."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,43 +20,16 @@ from torchrec.distributed.types import ShardedTensor, ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRMTrain
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from criteo.config import SHARDING_TYPES, Model, Optimizer, Settings
-from criteo.ranks import from_first, together
-from torchrec_freq import CountsFile, FrequencySGD, load_counts, load_row_counts
+from criteo.config import Model, Optimizer, Settings
+from criteo.ranks import together
+from examples.ranks import from_first
+from examples.training import FUSED_TYPES, OPTIMIZERS, SHARDING_TYPES, Training, shard
+from torchrec_freq import CountsFile, load_counts, load_row_counts
 from torchrec_freq.planner import FrequencyStats, make_planner
 
-OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
-    "FrequencySGD": FrequencySGD,
-    "SGD": torch.optim.SGD,
-    "RowWiseAdagrad": RowWiseAdagrad,
-    "Adagrad": torch.optim.Adagrad,
-}
 GB: Final = 1 << 30
 BLOCK: Final = 1 << 16  # rows that are drawn at once
-
-
-@dataclass(frozen=True)
-class Training:
-    """A sharded model, and what trains it.
-
-    Attributes:
-        optimizer: of the tables and the dense layers.
-        dense_optimizer: that part of it which has no state before its first step.
-        tables: of the model, in order.
-    """
-
-    model: DistributedModelParallel
-    optimizer: CombinedOptimizer
-    dense_optimizer: KeyedOptimizerWrapper
-    tables: list[EmbeddingBagConfig]
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint saves and loads; the counters are in the optimizer's."""
-        return {"model": self.model, "optimizer": self.optimizer}
 
 
 def build(settings: Settings, rows: Sequence[int], device: torch.device) -> Training:
@@ -80,17 +53,12 @@ def build(settings: Settings, rows: Sequence[int], device: torch.device) -> Trai
     if file is not None:
         with together():
             counts = read_counts(file, tables)
-    sharders = [EmbeddingBagCollectionSharder()]
-    plan = make_plan(settings, module, tables, sharders, counts, device)
-    model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
-    draw_tables(model, tables, settings.seed)
+    plan = make_plan(settings, module, tables, counts, device)
+    training = shard(module, tables, plan, device, settings.optimizer.dense_lr)
+    draw_tables(training.model, tables, settings.seed)
     if counts is not None and settings.optimizer.frequency.count == "frozen":
-        load_row_counts(model, *counts)
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(model.named_parameters())),
-        lambda parameters: torch.optim.Adam(parameters, lr=settings.optimizer.dense_lr),
-    )
-    return Training(model, CombinedOptimizer([model.fused_optimizer, dense]), dense, tables)
+        load_row_counts(training.model, *counts)
+    return training
 
 
 def set_rates(training: Training, settings: Optimizer, step: int) -> float:
@@ -108,21 +76,14 @@ def set_rates(training: Training, settings: Optimizer, step: int) -> float:
 
 def make_tables(model: Model, rows: Sequence[int]) -> list[EmbeddingBagConfig]:
     """One table a feature, named as it."""
-
-    def dtype(rows: int) -> DataType:
-        half = model.fp16_from is not None and rows >= model.fp16_from
-        return DataType.FP16 if half else DataType.FP32
-
-    return [
-        EmbeddingBagConfig(
-            name=name,
-            feature_names=[name],
-            num_embeddings=count,
-            embedding_dim=model.dim,
-            data_type=dtype(count),
-        )
+    tables = [
+        EmbeddingBagConfig(count, model.dim, name=name, feature_names=[name])
         for name, count in zip(DEFAULT_CAT_NAMES, rows, strict=True)
     ]
+    for table in tables:
+        if model.fp16_from is not None and table.num_embeddings >= model.fp16_from:
+            table.data_type = DataType.FP16
+    return tables
 
 
 def make_dlrm(model: Model, collection: EmbeddingBagCollection) -> DLRM:
@@ -158,7 +119,6 @@ def make_plan(
     settings: Settings,
     module: DLRMTrain,
     tables: Sequence[EmbeddingBagConfig],
-    sharders: list[EmbeddingBagCollectionSharder],
     counts: CountsFile | None,
     device: torch.device,
 ) -> ShardingPlan:
@@ -168,14 +128,12 @@ def make_plan(
         ValueError: there is none; what the planner said.
     """
     options, ranks = settings.planner, dist.get_world_size()
-    types = options.sharding or SHARDING_TYPES
-    if settings.optimizer.name != "FrequencySGD":
-        types = [kind for kind in types if kind != "data_parallel"]  # it would not train there
-    # DDP would average in fp16, in which gradients of a large batch lose small elements.
-    sharded = options.sharding or [kind for kind in types if kind != "data_parallel"]
+    types = SHARDING_TYPES if settings.optimizer.name == "FrequencySGD" else FUSED_TYPES
     constraints = {
         table.name: ParameterConstraints(
-            sharding_types=types if table.data_type == DataType.FP32 else sharded,
+            # DDP would average in fp16, in which gradients of a large batch lose small elements.
+            sharding_types=options.sharding
+            or (types if table.data_type == DataType.FP32 else FUSED_TYPES),
             compute_kernels=options.kernels,
         )
         for table in tables
@@ -198,7 +156,7 @@ def make_plan(
     with together():
         if dist.get_rank() == 0:
             try:
-                plan = planner.plan(module, sharders)
+                plan = planner.plan(module, [EmbeddingBagCollectionSharder()])
             except (PlannerError, RuntimeError) as error:  # of its search, and before it
                 raise ValueError(f"No plan fits the planner's settings: {error}") from error
             if options.report:

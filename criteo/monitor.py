@@ -1,14 +1,11 @@
-"""What a run reports: lines and TensorBoard files along the way, a summary at its end."""
+"""What a run reports: lines and TensorBoard files along the way, a table at its end."""
 
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.utils.tensorboard.writer import SummaryWriter
-
-from torchrec_freq.output import write_text
 
 
 class Monitor:
@@ -51,58 +48,23 @@ class Monitor:
             self.say(f"{self._folder}: no more figures are kept: {error}")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended.
-
-    Attributes:
-        steps, samples: trained over all restarts.
-        seconds: of training, without evaluations and checkpoints.
-        train_loss: mean over the last steps before the end.
-        valid, test: AUC and log loss.
-        optimizer_bytes_per_row: state of the tables' optimizer.
-        bad_rows: left out.
-    """
-
-    steps: int
-    samples: int
-    ranks: int
-    device: str
-    seconds: float
-    train_loss: float | None
-    valid: dict[str, float]
-    test: dict[str, float]
-    optimizer_bytes_per_row: float
-    bad_rows: int
-    checkpoint: str
-    curve: list[dict[str, Any]]
-    settings: dict[str, Any]
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.seconds if self.seconds else 0.0
-
-    def write(self, path: Path) -> None:
-        content = {**vars(self), "samples_per_second": self.samples_per_second}
-        write_text(path, json.dumps(content, indent=1) + "\n")
-
-    def table(self) -> str:
-        """As Markdown."""
-        lines = [
-            ("steps", f"{self.steps:,}"),
-            ("samples", f"{self.samples:,}"),
-            ("ranks", f"{self.ranks} ({self.device})"),
-            ("training time, s", f"{self.seconds:,.1f}"),
-            ("samples/s", f"{self.samples_per_second:,.0f}"),
-            ("train loss", "" if self.train_loss is None else f"{self.train_loss:.4f}"),
-            *(
-                (f"{split} {title}", f"{figures[name]:.4f}")
-                for split, figures in (("validation", self.valid), ("test", self.test))
-                for name, title in (("auc", "AUC"), ("log_loss", "log loss"))
-            ),
-            ("optimizer state, bytes a row", f"{self.optimizer_bytes_per_row:g}"),
-            ("bad rows left out", f"{self.bad_rows:,}"),
-            ("last checkpoint", self.checkpoint),
-        ]
-        rows = [f"| {name} | {value} |" for name, value in lines]
-        return "\n".join(["| | |", "|---|---|", *rows])
+def table(summary: Mapping[str, Any]) -> str:
+    """How a run ended, as Markdown."""
+    loss = summary["train_loss"]
+    lines = {
+        "steps": f"{summary['steps']:,}",
+        "samples": f"{summary['samples']:,}",
+        "ranks": f"{summary['ranks']} ({summary['device']})",
+        "training time, s": f"{summary['seconds']:,.1f}",
+        "samples/s": f"{summary['samples_per_second']:,.0f}",
+        "train loss": "" if loss is None else f"{loss:.4f}",
+        **{
+            f"{title} {name}": f"{summary[split][metric]:.4f}"
+            for split, title in (("valid", "validation"), ("test", "test"))
+            for metric, name in (("auc", "AUC"), ("log_loss", "log loss"))
+        },
+        "optimizer state, bytes a row": f"{summary['optimizer_bytes_per_row']:g}",
+        "bad rows left out": f"{summary['bad_rows']:,}",
+        "last checkpoint": summary["checkpoint"],
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {lines[name]} |" for name in lines)])

@@ -1,40 +1,23 @@
-"""What the ranks do together: they agree on errors, so that none waits for one that has failed."""
+"""What ends a run with a line instead of a traceback, on all ranks."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Final
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
+
+from examples import ranks
 
 
 class Refused(ValueError):
     """Data, settings or a loss that this program cannot go on with; a line says why."""
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A body that may fail on some ranks; then all of them raise.
-
-    Every rank must enter it, and the body may not wait for other ranks.
-
-    Raises:
-        Refused: the same on every rank: what the body raised as a ValueError or OSError.
-    """
-    failure: ValueError | OSError | None = None
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        failure = error
-    messages = gather(None if failure is None else str(failure))
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
-    if failed:
-        message = messages[failed[0]]
-        if set(messages) != {message}:
-            message = f"on rank {failed[0]} ({len(failed)} of {len(messages)} failed): {message}"
-        raise Refused(message) from failure
+together: Final = partial(ranks.together, lambda _, why: Refused(why), ValueError, OSError)
+"""A body that may fail on some ranks with a ValueError or OSError; then all are `Refused`."""
 
 
 def say_error(message: str) -> None:
@@ -50,17 +33,3 @@ def say_error(message: str) -> None:
             said = store.get("0").decode()
     if said != line:
         print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def gather(value: Any) -> list[Any]:
-    """The values of all ranks, on every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def from_first(value: Any) -> Any:
-    """The value of rank 0, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]

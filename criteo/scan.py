@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,37 +12,16 @@ from numpy.typing import NDArray
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES
 from tqdm import tqdm
 
-from criteo.data import KINDS, Days, Samples
-from criteo.ranks import from_first, gather, together
+from criteo.data import KINDS, Days
+from criteo.ranks import together
+from examples.ranks import from_first, gather
 from torchrec_freq.output import write_text
 
 MOST_BAD: Final = 10_000_000  # rows of a rank's part; more are no accident
 CHUNK: Final = 1 << 18  # samples read at once: some 45 MB
 
-
-@dataclass(frozen=True)
-class Fault:
-    """Bad rows of a file.
-
-    Attributes:
-        first, last: row numbers, counted from 0.
-        rows: how many are bad.
-        what: is wrong in the first one.
-    """
-
-    file: str
-    first: int
-    last: int
-    rows: int
-    what: str
-
-    def __str__(self) -> str:
-        where = f"row {self.first}" if self.rows == 1 else f"rows {self.first} to {self.last}"
-        more = f", {self.rows} bad ones" if self.rows > 1 else ""
-        return f"{self.file}, {where}{more}: {self.what}"
-
-    def __add__(self, later: "Fault") -> "Fault":
-        return replace(self, last=later.last, rows=self.rows + later.rows)
+Faults = dict[str, list[tuple[NDArray[np.int64], str]]]
+"""By name of a file: bad rows, counted from 0, and what is wrong in the first of them."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +31,12 @@ class Scan:
     Attributes:
         largest: id of each table in the good samples; -1 without any.
         bad: numbers of the bad samples, ascending, counted over all days.
-        faults: of the files.
+        faults: a line a file.
     """
 
     largest: list[int]
     bad: list[int]
-    faults: list[Fault]
+    faults: list[str]
 
     def message(self, most: int = 10) -> str:
         """The faults, one a line."""
@@ -82,58 +61,59 @@ def scan(days: Days, rows: Sequence[int] | None, cache: Path) -> Scan:
     known: Scan | None = from_first(_load(cache, key) if dist.get_rank() == 0 else None)
     if known is not None:
         return known
+    with together():
+        found = _scan_part(days, rows)
+    largest, bad, faults = found[0], [], Faults()
+    for others_largest, others_bad, others_faults in gather(found):
+        largest = np.maximum(largest, others_largest)
+        bad += others_bad
+        for name, parts in others_faults.items():
+            faults.setdefault(name, []).extend(parts)
+    lines = [_line(name, parts) for name, parts in faults.items()]
+    result = Scan(largest.tolist(), bad, lines)
+    with together():
+        if dist.get_rank() == 0:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_text(cache, json.dumps({"key": key, **asdict(result)}))
+    return result
+
+
+def _scan_part(
+    days: Days, rows: Sequence[int] | None
+) -> tuple[NDArray[np.int64], list[int], Faults]:
+    """Largest ids, numbers of bad samples, and faults of this rank's part of the samples."""
     total, rank, ranks = int(days.starts[-1]), dist.get_rank(), dist.get_world_size()
     start, stop = total * rank // ranks, total * (rank + 1) // ranks
     largest = np.full(CAT_FEATURE_COUNT, -1, np.int64)
     bad: list[int] = []
-    faults: dict[str, Fault] = {}
-    with (
-        together(),
-        tqdm(
-            desc="check", total=stop - start, unit=" rows", unit_scale=True, disable=rank != 0
-        ) as bar,
-    ):
+    faults = Faults()
+    options = {"unit": " rows", "unit_scale": True, "disable": rank != 0}
+    with tqdm(desc="check", total=stop - start, **options) as bar:
         for low in range(start, stop, CHUNK):
             first = low
             for day, begin, end in days.pieces(low, min(low + CHUNK, stop)):
                 samples = day.read(begin, end)
-                wrong = {kind: _wrong(kind, samples[kind], rows) for kind in KINDS}
-                is_bad = np.zeros(end - begin, bool)
-                for kind, cells in wrong.items():
-                    if (bad_rows := np.flatnonzero(cells.any(axis=1))).size:
-                        name = day.files[kind].name
-                        fault = Fault(
-                            name,
-                            begin + int(bad_rows[0]),
-                            begin + int(bad_rows[-1]),
-                            len(bad_rows),
-                            _what(kind, samples, cells, int(bad_rows[0]), rows),
-                        )
-                        faults[name] = faults[name] + fault if name in faults else fault
-                        is_bad[bad_rows] = True
+                good = np.ones(end - begin, bool)
+                for kind in KINDS:
+                    wrong = _wrong(kind, samples[kind], rows)
+                    bad_rows = np.flatnonzero(wrong.any(axis=1))
+                    if len(bad_rows):
+                        column = int(wrong[bad_rows[0]].argmax())
+                        what = _what(kind, samples[kind][bad_rows[0], column], column, rows)
+                        fault = begin + bad_rows, what
+                        faults.setdefault(day.files[kind].name, []).append(fault)
+                        good[bad_rows] = False
                 if len(bad) > MOST_BAD:
                     raise ValueError(
-                        f"More than {MOST_BAD:,} bad rows: {next(iter(faults.values()))}. Are "
-                        "data.rows those of the tables, in the order of the columns?"
+                        f"More than {MOST_BAD:,} bad rows: {_line(*next(iter(faults.items())))}. "
+                        "Are data.rows those of the tables, in the order of the columns?"
                     )
-                bad += (first + np.flatnonzero(is_bad)).tolist()
-                if not is_bad.all():
-                    largest = np.maximum(largest, samples["sparse"][~is_bad].max(axis=0))
+                bad += (first + np.flatnonzero(~good)).tolist()
+                if good.any():
+                    largest = np.maximum(largest, samples["sparse"][good].max(axis=0))
                 first += end - begin
                 bar.update(end - begin)
-    merged: dict[str, Fault] = {}
-    all_bad: list[int] = []
-    for others_largest, others_bad, others_faults in gather((largest, bad, faults)):
-        largest = np.maximum(largest, others_largest)
-        all_bad += others_bad
-        for name, fault in others_faults.items():
-            merged[name] = merged[name] + fault if name in merged else fault
-    result = Scan(largest.tolist(), all_bad, list(merged.values()))
-    with together():
-        if rank == 0:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, json.dumps({"key": key, **asdict(result)}))
-    return result
+    return largest, bad, faults
 
 
 def _key(days: Days, rows: Sequence[int] | None) -> list[Any]:
@@ -148,11 +128,16 @@ def _load(cache: Path, key: list[Any]) -> Scan | None:
     """What is kept of these files; None where there is nothing, or something else."""
     try:
         known = json.loads(cache.read_text())
-        if known.pop("key") == key:
-            return Scan(**known | {"faults": [Fault(**fault) for fault in known["faults"]]})
+        return Scan(**known) if known.pop("key") == key else None
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
-        pass
-    return None
+        return None
+
+
+def _line(file: str, parts: list[tuple[NDArray[np.int64], str]]) -> str:
+    rows, what = np.concatenate([rows for rows, _ in parts]), parts[0][1]
+    if len(rows) == 1:
+        return f"{file}, row {rows[0]}: {what}"
+    return f"{file}, rows {rows[0]} to {rows[-1]}, {len(rows)} bad ones: {what}"
 
 
 def _wrong(kind: str, values: NDArray[Any], rows: Sequence[int] | None) -> NDArray[np.bool_]:
@@ -169,11 +154,7 @@ def _wrong(kind: str, values: NDArray[Any], rows: Sequence[int] | None) -> NDArr
     return wrong
 
 
-def _what(
-    kind: str, samples: Samples, wrong: NDArray[np.bool_], row: int, rows: Sequence[int] | None
-) -> str:
-    column = int(np.flatnonzero(wrong[row])[0])
-    value = samples[kind][row, column]
+def _what(kind: str, value: Any, column: int, rows: Sequence[int] | None) -> str:
     if kind == "dense":
         return f"{value} in column {column}"
     if kind == "labels":

@@ -12,9 +12,10 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from criteo.config import Settings
-from criteo.model import Training, read_counts
+from criteo.model import read_counts
 from criteo.ranks import together
 from examples.checkpoint import MANIFEST, read
+from examples.training import Training
 from torchrec_freq import load_adagrad_sums, load_momentum, load_row_counts
 from torchrec_freq.counts.adagrad import sums_of_counts
 from torchrec_freq.counts.dcp_metadata import Checkpoint, Reader

@@ -17,6 +17,7 @@ knows of them.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from examples.ranks import from_first, gather, together
 from torchrec_freq.output import sync, write_text
 
 MANIFEST: Final = "checkpoint.json"
@@ -99,18 +101,22 @@ class Checkpoints:
         final = self.folder / _name(step)
         temporary = self.folder / f"{_WRITING}{final.name}"
         first = dist.get_rank() == 0
-        with _agreed(f"{final} is not saved"):
+        agreed = functools.partial(
+            together, lambda number, why: NotSaved(number, f"{final} is not saved: {why}"), OSError
+        )
+        with agreed():
             if first:
                 for leftover in self._paths(_WRITING) + self._paths(_DELETING):
                     _delete(leftover)
                 temporary.mkdir(parents=True)
-        writer = _Writer(temporary)
+        writer = FileSystemWriter(temporary)
+        written = writer.fs = _Files()
         try:
-            with _agreed(f"{final} is not saved"):
+            with agreed(), written.blamed():
                 # Returns when the files of all ranks are on the disk, or raises on all of them.
-                writer.write(state)
-            files = {name: file for part in _gathered(writer.files()) for name, file in part}
-            with _agreed(f"{final} is not saved"):
+                dcp.save(state, storage_writer=writer)
+            files = {name: sums for part in gather(written.checksums()) for name, sums in part}
+            with agreed():
                 if first:
                     _write_manifest(temporary, step, self.settings, progress, files)
                     if final.exists():  # damaged, or the run would have resumed from it
@@ -133,7 +139,7 @@ class Checkpoints:
             NoCheckpoint: it was made with other settings, or all checkpoints are damaged.
         """
         # Ranks that look for themselves could see different folders.
-        found, faults = _from_first(self._whole() if dist.get_rank() == 0 else None)
+        found, faults = from_first(self._whole() if dist.get_rank() == 0 else None)
         checkpoint: Checkpoint
         for checkpoint in reversed(found):
             if checkpoint.settings != self.settings:
@@ -147,7 +153,7 @@ class Checkpoints:
                     f"{checkpoint.path} comes from a run with other settings: {differences}. Take "
                     "its settings to resume it, or another folder to start anew."
                 )
-            fault = next(filter(None, _gathered(_damage(checkpoint))), None)
+            fault = next(filter(None, gather(_damage(checkpoint))), None)
             if fault is None:
                 return checkpoint
             _pass_over(checkpoint.path, fault)
@@ -174,9 +180,7 @@ class Checkpoints:
     def _paths(self, prefix: str = "") -> list[Path]:
         """Folders named as checkpoints, in order of their steps, and none of somebody else."""
         pattern = re.compile(rf"{prefix}step-\d{{8,18}}")
-        return sorted(
-            filter(lambda path: pattern.fullmatch(path.name), self.folder.glob("*")), key=_step
-        )
+        return sorted(filter(lambda p: pattern.fullmatch(p.name), self.folder.glob("*")), key=_step)
 
     def _whole(self) -> tuple[list[Checkpoint], list[str]]:
         """Those that seem whole, oldest first, and what is wrong with the others."""
@@ -252,10 +256,8 @@ def _damage(checkpoint: Checkpoint) -> str | None:
         for name, file in checkpoint.files.items()
         for number, crc in enumerate(file["crc32"])
     ]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for name, number, crc in blocks[
-        len(blocks) * rank // ranks : len(blocks) * (rank + 1) // ranks
-    ]:
+    rank = dist.get_rank()
+    for name, number, crc in blocks[rank :: dist.get_world_size()]:
         try:
             with (checkpoint.path / name).open("rb", buffering=0) as file:
                 file.seek(number * BLOCK_BYTES)
@@ -291,7 +293,7 @@ class _Stream(io.BufferedWriter):
         self.path = path
         self.error: OSError | None = None
         self.bytes = 0
-        self._blocks: list[int] = []
+        self.blocks: list[int] = []
 
     def write(self, data: Any) -> int:
         with self._noting():
@@ -300,9 +302,8 @@ class _Stream(io.BufferedWriter):
         while rest:
             used = self.bytes % BLOCK_BYTES
             part, rest = rest[: BLOCK_BYTES - used], rest[BLOCK_BYTES - used :]
-            if used == 0:
-                self._blocks.append(0)
-            self._blocks[-1] = zlib.crc32(part, self._blocks[-1])
+            before = self.blocks.pop() if used else 0
+            self.blocks.append(zlib.crc32(part, before))
             self.bytes += len(part)
         return written
 
@@ -322,78 +323,31 @@ class _Stream(io.BufferedWriter):
         self.flush()  # DCP asks for it for fsync, and would flush later
         return super().fileno()
 
-    @property
-    def checksums(self) -> dict[str, Any]:
-        return {"bytes": self.bytes, "crc32": self._blocks}
-
 
 class _Files(FileSystem):
-    """DCP's files."""
+    """DCP's files, of which it keeps checksums."""
 
     def __init__(self) -> None:
-        self.written: list[_Stream] = []
+        self.streams: list[_Stream] = []
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         assert mode == "wb", mode
         with _Stream(Path(path)) as stream:
-            self.written.append(stream)
+            self.streams.append(stream)
             yield stream
 
-
-class _Writer(FileSystemWriter):
-    """DCP's writer, which keeps checksums, and knows of a full disk."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.fs: _Files = _Files()
-
-    def write(self, state: dict[str, Any]) -> None:
-        """Raises an OSError for what the disk is to blame for, where DCP has an exception of its
-        own."""
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Has an OSError for what the disk is to blame for, where DCP has an error of its own."""
         try:
-            dcp.save(state, storage_writer=self)
+            yield
         except CheckpointException as error:
-            for stream in self.fs.written:
-                if stream.error is not None:
-                    raise stream.error from error
-            raise
+            raise next((s.error for s in self.streams if s.error), error) from error
 
-    def files(self) -> list[tuple[str, dict[str, Any]]]:
-        """What this rank has written, by the names that the files have in the end."""
-        return [(s.path.name.removesuffix(".tmp"), s.checksums) for s in self.fs.written]
-
-
-@contextlib.contextmanager
-def _agreed(failed: str) -> Iterator[None]:
-    """A body that may fail on some ranks; then all of them raise, and none waits for another.
-
-    Raises:
-        NotSaved: the body raised an OSError on one of the ranks.
-    """
-    failure: Exception | CheckpointException | None = None
-    try:
-        yield
-    except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        failure = error
-    errors = _gathered(failure and (getattr(failure, "errno", None), str(failure)))
-    for rank, (number, message) in ((r, e) for r, e in enumerate(errors) if e and e[0]):
-        raise NotSaved(number, f"{failed}: on rank {rank}: {message}") from failure
-    if failure is not None:
-        raise failure
-    if any(errors):
-        raise RuntimeError(f"{failed}: {next(filter(None, errors))[1]}")
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The values of all ranks, on every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_first(value: Any) -> Any:
-    """The value of rank 0, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+    def checksums(self) -> list[tuple[str, dict[str, Any]]]:
+        """Of what this rank has written, by the names that the files have in the end."""
+        return [
+            (stream.path.name.removesuffix(".tmp"), {"bytes": stream.bytes, "crc32": stream.blocks})
+            for stream in self.streams
+        ]

@@ -18,6 +18,7 @@ from torchrec.datasets.criteo import CAT_FEATURE_COUNT
 from criteo import __main__ as program
 from criteo import model
 from criteo.config import parse
+from examples.training import Training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = [3 + 2 * table for table in range(CAT_FEATURE_COUNT)]
@@ -96,7 +97,7 @@ def make_reference(folder: Path) -> None:
     run(folder / "data", folder / "out", "--checkpoint.keep", "100")
 
 
-def built(folder: Path, out: Path, *more: str) -> model.Training:
+def built(folder: Path, out: Path, *more: str) -> Training:
     return model.build(parse(arguments(folder, out, *more)), ROWS, CPU)
 
 

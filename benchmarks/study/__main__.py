@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.study import report
 from benchmarks.study.config import EXPERIMENTS
-from benchmarks.study.results import Results
 from benchmarks.study.runner import run_all
+from benchmarks.study.sweep import Results
 
 
 def main() -> None:

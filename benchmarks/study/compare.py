@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.study.config import EXPERIMENTS, FREQUENCY, ROWWISE, Experiment
-from benchmarks.study.results import Result, Results
-from benchmarks.study.sweep import Sweep, figure
+from benchmarks.study.sweep import Result, Results, Sweep, figure
 
 
 class Difference(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study.planted import TASKS
+from criteo.planted import TASKS
 from torchrec_freq.config import FrequencyConfig
 
 STREAM, AFTER = "predict-then-train", "after the stream"
@@ -18,7 +18,7 @@ class Arm:
     """An optimizer of the embedding tables.
 
     Attributes:
-        optimizer: key of `train.OPTIMIZERS`.
+        optimizer: key of `train.ARMS`.
         options: its keyword arguments besides lr.
         start: grid point at which the search for lr begins, see `sweep.lr_at`.
     """

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from torchrec.datasets.utils import Batch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.study import planted
 from benchmarks.study.config import in_time
+from criteo import planted
+from criteo.data import Days, find_days, single_ids
 from examples import movielens
 
 EVALUATION_BATCH = 4096  # samples
@@ -88,7 +88,11 @@ def movielens_data(folder: Path, *, in_time: bool, ids_only: bool) -> Dataset:
     columns = [list(data.tables).index(name) for name in tables]
     # The dense part of a model must have an input.
     constant = torch.ones(len(data.labels), 1)
-    batch = _single_ids(list(tables), data.ids[:, columns], constant, data.labels)
+    ids = data.ids[:, columns]
+
+    def batch(some: Tensor) -> Batch:
+        return single_ids(list(tables), ids[some], constant[some], data.labels[some])
+
     return Dataset(tables, 1, batch, rows, data.rare, in_time)
 
 
@@ -100,45 +104,26 @@ def criteo_data(folder: Path, *, in_time: bool = False) -> Dataset:
     Args:
         folder: day_*_{dense,sparse,labels}.npy, as TorchRec's npy_preproc_criteo makes them.
     """
-    days = sorted(folder.glob("*_sparse.npy"))
-    if len(days) < 2:
-        raise FileNotFoundError(
-            f"{folder} holds {len(days)} days of Criteo data. Expected at least two, each as "
-            "day_0_sparse.npy with _dense and _labels, which TorchRec's script "
-            "torchrec.datasets.scripts.npy_preproc_criteo makes of the original files."
-        )
-    sparse, dense, labels = (
-        [np.load(day.with_name(day.name.replace("sparse", kind))) for day in days]
-        for kind in ("sparse", "dense", "labels")
-    )
-    ids = np.concatenate(sparse)
+    days = find_days(folder)
+    samples = Days(days).read(0, sum(day.samples for day in days))
+    ids, held_out = samples["sparse"], days[-1].samples
     sizes = np.minimum(ids.max(axis=0).astype(np.int64) + 1, MAX_ROWS)
     ids %= sizes.astype(ids.dtype)
-    last = len(ids) - len(sparse[-1])
+    last = len(ids) - held_out
     counts = [np.bincount(column[:last], minlength=column.max() + 1)[column] for column in ids.T]
     mean_log_count = np.log1p(counts).mean(axis=0)
     tables = dict(zip(DEFAULT_CAT_NAMES, sizes.tolist(), strict=True))
-    dense_BD = torch.from_numpy(np.concatenate(dense))
-    labels_B = torch.from_numpy(np.concatenate(labels).ravel())
-    batch = _single_ids(list(tables), torch.from_numpy(ids), dense_BD, labels_B)
-    ends = [last, last + len(sparse[-1]) // 2]
+    dense_BD = torch.from_numpy(samples["dense"])
+    labels_B = torch.from_numpy(samples["labels"].ravel())
+    ids_BF = torch.from_numpy(ids)
+
+    def batch(some: Tensor) -> Batch:
+        return single_ids(list(tables), ids_BF[some].long(), dense_BD[some], labels_B[some])
+
+    ends = [last, last + held_out // 2]
     rows = dict(zip(SPLITS, torch.arange(len(ids)).tensor_split(ends), strict=True))
     rare = torch.from_numpy(mean_log_count < np.quantile(mean_log_count[last:], RARE))
     return Dataset(tables, dense_BD.shape[1], batch, rows, rare, in_time)
-
-
-def _single_ids(
-    names: list[str], ids_BF: Tensor, dense_BD: Tensor, labels_B: Tensor
-) -> Callable[[Tensor], Batch]:
-    """Batches of samples (B) with one id for each feature (F)."""
-
-    def batch(rows: Tensor) -> Batch:
-        lengths = torch.ones(len(names) * len(rows), dtype=torch.int32)
-        values = ids_BF[rows].T.flatten().long()
-        sparse = KeyedJaggedTensor(keys=names, values=values, lengths=lengths)
-        return Batch(dense_BD[rows], sparse, labels_B[rows])
-
-    return batch
 
 
 def find(name: str, folder: Path) -> Path | None:

@@ -1,29 +1,16 @@
-"""The pictures of RESULTS.md: small SVGs, the same for the same results, on any background."""
+"""The pictures of RESULTS.md."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
+from benchmarks.pictures import GREY, picture
 from benchmarks.study.compare import Arms, Settings, gain
 from benchmarks.study.config import ADAGRAD, CLIPPED, FREQUENCY, OWN_WEIGHT, QUICK, ROWWISE, STREAM
 from benchmarks.study.sweep import lr_at
 
-GREY = "#808080"  # legible on white and on black
-INKS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-STYLE = dict.fromkeys((*INKS, "grid.color"), GREY) | {
-    "svg.fonttype": "none",  # text stays text: small files, the reader's font
-    "svg.hashsalt": "study",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": "medium",
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
 ARMS = {  # label -> name and colour
     FREQUENCY.label: ("FrequencySGD", "#d55e00"),
     ROWWISE.label: ("row-wise Adagrad", "#0072b2"),
@@ -35,22 +22,16 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 def draw(settings: Settings, folder: Path) -> dict[str, str]:
     """Writes pictures of the quick form's tasks; returns the names and alt texts of those made."""
-    matplotlib.use("Agg")  # a file, no window
-    from matplotlib import pyplot
-
     drawn = {}
     known = {experiment.setting: settings.get(experiment.setting, {}) for experiment in QUICK}
     ours = {name: arms for name, arms in known.items() if FREQUENCY.label in arms}
-    with matplotlib.rc_context(STYLE):
-        for name, (alt, measure, paint) in PICTURES.items():
-            # A picture of no measure is of all: "" is in every name.
-            has = {e: measure in " ".join(arms[FREQUENCY.label].best) for e, arms in ours.items()}
-            if shown := {e: arms for e, arms in ours.items() if has[e]}:
-                figure = pyplot.figure(layout="constrained")
+    for name, (alt, measure, paint) in PICTURES.items():
+        # A picture of no measure is of all: "" is in every name.
+        has = {e: measure in " ".join(arms[FREQUENCY.label].best) for e, arms in ours.items()}
+        if shown := {e: arms for e, arms in ours.items() if has[e]}:
+            with picture(folder / f"{name}.png") as figure:
                 paint(figure, shown)
-                figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
-                pyplot.close(figure)
-                drawn[name] = alt
+            drawn[name] = alt
     return drawn
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from benchmarks.study import figures, verdict
 from benchmarks.study.compare import Arms, Difference, Settings, found, gain, paired
 from benchmarks.study.config import FREQUENCY, FULL, OWN_WEIGHT, ROWWISE, STREAM
-from benchmarks.study.results import Results
-from benchmarks.study.sweep import STRESS, lr_at
+from benchmarks.study.sweep import STRESS, Results, lr_at
 from benchmarks.study.verdict import Cases
 
 Table = list[list[str]]
@@ -101,12 +100,12 @@ def write(results: Results, folder: Path) -> str:
     drawn = figures.draw(settings, folder)
     (folder / "RESULTS.md").write_text("\n\n".join(_document(settings, drawn)) + "\n")
     main = map(markdown, (differences_table(settings), targets_table(settings)))
-    files = ", ".join(f"{name}.svg" for name in drawn)
+    files = ", ".join(f"{name}.png" for name in drawn)
     return "\n\n".join([*main, f"Wrote RESULTS.md, {files} to {folder}."])
 
 
 def _document(settings: Settings, drawn: Mapping[str, str]) -> Iterator[str]:
-    pictures = {name: f"![{text}]({name}.svg)" for name, text in drawn.items()}
+    pictures = {name: f"![{text}]({name}.png)" for name, text in drawn.items()}
     yield PROTOCOL
     yield "## Beside row-wise Adagrad"
     yield pictures.get("differences", "")

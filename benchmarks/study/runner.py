@@ -1,6 +1,5 @@
 """Runs what the experiments need and the results file lacks, several runs at a time."""
 
-import logging
 import multiprocessing
 import os
 import threading
@@ -10,15 +9,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed import HashStore
 from tqdm import tqdm
 
 from benchmarks.study.config import Experiment, Run
 from benchmarks.study.data import find
-from benchmarks.study.results import Result, Results
-from benchmarks.study.sweep import Sweep
+from benchmarks.study.sweep import Result, Results, Sweep
 from benchmarks.study.train import train
+from examples.ranks import start_ranks
 
 
 def run_all(
@@ -46,7 +43,7 @@ def run_all(
                 if len(running) == workers:
                     break
                 if run not in running.values():
-                    running[pool.submit(train, run, folder)] = run
+                    running[pool.submit(work, run, folder)] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -63,20 +60,13 @@ def missing(experiments: Iterable[Experiment], results: Results) -> Iterator[Run
             yield from Sweep(experiment, arm).missing(results)
 
 
-def start_rank() -> None:
-    """Makes this process the only rank."""
-    # What TorchRec and TorchMetrics 1.0 say about their own use of torch is no news to a reader.
-    warnings.filterwarnings("ignore")
-    for name in ("torchrec", "torch.fx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+def work(run: Run, folder: Path) -> Result:
+    with start_ranks():
+        return train(run, folder)
 
 
 def _start_worker() -> None:
-    """A rank that ends with the process that started it, also where that was killed."""
+    """A process that ends with the one that started it, also where that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -85,4 +75,6 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    start_rank()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", LOCAL_WORLD_SIZE="1")

@@ -1,16 +1,50 @@
-"""The search for an arm's lr: the same log grid for all, walked until the best lies inside."""
+"""The results file, and the search for lr: one log grid, walked until the best lies inside."""
 
+import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from benchmarks.study.config import FREQUENCY, ROWWISE, Arm, Experiment, Run
-from benchmarks.study.results import Result, Results
 
 LOWEST, HIGHEST = -20, 16  # exponents at which a search gives up: lr 1e-5 and 1e4
 COARSE = 2  # grid steps of half a decade, in which a search begins
 STRESS = (2, 4)  # grid steps above the best lr: about 3 and 10 times
 DIVERGED = 0.5  # the AUC of a run whose loss is no number
+
+
+Result = dict[str, Any]
+KEY = tuple(field.name for field in fields(Run))
+
+
+class Results:
+    """What is known so far. A run that has its line is not run again.
+
+    Args:
+        path: the file; made with the first result. A last line that was cut off is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._results: dict[tuple[Any, ...], Result] = {}
+        if path.exists():
+            *whole, rest = path.read_text().split("\n")
+            for line in whole:
+                result = json.loads(line)
+                self._results[tuple(result[name] for name in KEY)] = result
+            if rest:
+                path.write_text("".join(line + "\n" for line in whole))
+
+    def get(self, run: Run) -> Result | None:
+        return self._results.get(tuple(run.key().values()))
+
+    def add(self, run: Run, result: Result) -> None:
+        self._results[tuple(run.key().values())] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
 
 
 def lr_at(exponent: int) -> float:

@@ -1,6 +1,6 @@
 """One run: a sharded model, an optimizer of its tables, and the figures along the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics.functional.classification import binary_auroc
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.models.deepfm import SimpleDeepFMNN
@@ -15,22 +17,23 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim.optimizers import Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from benchmarks.study import ablation, stream
+from benchmarks.study import ablation
 from benchmarks.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run
 from benchmarks.study.data import Dataset, load
-from examples.demo import Arm as Training
-from examples.demo import shard
-from torchrec_freq import FrequencySGD, load_row_counts
+from examples.training import OPTIMIZERS, Training, shard_alike
+from torchrec_freq import load_row_counts
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "FrequencySGD": FrequencySGD,
-    "SGD": torch.optim.SGD,
-    "Adagrad": torch.optim.Adagrad,
-    "RowWiseAdagrad": RowWiseAdagrad,
+ARMS = {
+    **OPTIMIZERS,
     "ClippedRowWiseAdagrad": RowWiseAdagrad,  # and what `ablation` does to its sums
     "Adam": Adam,  # FBGEMM has it on CUDA only
 }
 EMBEDDING_DIM = 16
+FIRST = 5  # lr is chosen on this first part of the stream, a fifth; the rest is judged
+PARTS = 10  # points of the curve along the stream
+
+Predicted = Sequence[tuple[Tensor, Tensor]]
+"""One entry a step: logits and labels of its batch, each [samples], before the step's update."""
 
 
 class FM(nn.Module):
@@ -83,10 +86,11 @@ def build(run: Run, data: Dataset) -> Training:
     options, lr = dict(run.arm.options), run.lr
     if run.arm == CLIPPED:
         lr = ablation.kernel_lr(lr, options.pop("own_weight"))
-    optimizer = OPTIMIZERS[run.arm.optimizer]
-    apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": lr, **options})
+    apply_optimizer_in_backward(
+        ARMS[run.arm.optimizer], collection.parameters(), {"lr": lr, **options}
+    )
 
-    training = shard(run.arm.label, run.lr, module, tables, device)
+    training = shard_alike(module, tables, device)
     if options.get("count") == "frozen":
         counts = {f"t_{name}": count for name, count in data.counts().items()}
         load_row_counts(training.model, counts)
@@ -118,9 +122,9 @@ def _stream(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
         if step is None:
             return {"measures": {}}
         predicted.append(step)
-    figures = stream.figures(predicted)
+    figures = stream_figures(predicted)
     after = {"by": figures["by"], **_evaluate(training, data, "valid", "test")}
-    return {"measures": {STREAM: figures, AFTER: after}, "curve": stream.curve(predicted)}
+    return {"measures": {STREAM: figures, AFTER: after}, "curve": stream_curve(predicted)}
 
 
 def _epochs(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
@@ -135,12 +139,33 @@ def _epochs(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
     return {"measures": measures}
 
 
+def stream_figures(steps: Predicted) -> dict[str, float]:
+    """AUC over the first fifth of the steps ("by"), AUC and log loss over the others."""
+    first = max(1, round(len(steps) / FIRST))
+    loss = binary_cross_entropy_with_logits(*_join(steps[first:]))
+    rest = {"auc": _auc(steps[first:]), "log_loss": round(float(loss), 6)}
+    return {"by": _auc(steps[:first]), **rest}
+
+
+def stream_curve(steps: Predicted) -> list[tuple[int, float]]:
+    """(steps so far, AUC over the last of `PARTS` equal parts), along the stream."""
+    ends = [len(steps) * part // PARTS for part in range(PARTS + 1)]
+    return [(b, _auc(steps[a:b])) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+
+
+def _auc(steps: Predicted) -> float:
+    logits, labels = _join(steps)
+    return round(float(binary_auroc(logits, labels.int())), 6)
+
+
+def _join(steps: Predicted) -> tuple[Tensor, Tensor]:
+    logits, labels = zip(*steps, strict=True)
+    return torch.cat(logits), torch.cat(labels).float()
+
+
 def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """One step; logits and labels of the batch before it, None where the loss is no number."""
-    training.optimizer.zero_grad()
-    loss, (_, logits, labels) = training.model(batch.to(training.model.device))
-    loss.backward()  # updates the embedding tables, too
-    training.optimizer.step()
+    loss, (_, logits, labels) = training.step(batch.to(training.model.device))
     return (logits.cpu(), labels.cpu()) if loss.isfinite() else None
 
 

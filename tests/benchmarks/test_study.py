@@ -22,7 +22,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from benchmarks.study import ablation, compare, planted, report, runner, stream, verdict
+from benchmarks.study import ablation, compare, report, runner, verdict
 from benchmarks.study.config import (
     ADAGRAD,
     AFTER,
@@ -42,10 +42,10 @@ from benchmarks.study.config import (
     Run,
 )
 from benchmarks.study.data import criteo_data, find, load
-from benchmarks.study.planted import Task
-from benchmarks.study.results import Results
-from benchmarks.study.sweep import lr_at, next_exponents
-from benchmarks.study.train import build, train
+from benchmarks.study.sweep import Results, lr_at, next_exponents
+from benchmarks.study.train import build, stream_curve, stream_figures, train
+from criteo import planted
+from criteo.planted import Task
 
 SMALL = Task(days=3, samples=600, held_out=600, rows=(4, 60))
 
@@ -181,14 +181,14 @@ def test_stream_of_ten_samples() -> None:
     steps = [
         (torch.tensor(logits[n : n + 2]), torch.tensor(labels[n : n + 2])) for n in range(0, 10, 2)
     ]
-    figures = stream.figures(steps)
+    figures = stream_figures(steps)
     # Samples 0 and 1 are the first fifth, in which the click comes behind.
     assert figures["by"] == 0
     assert figures["auc"] == pytest.approx(auc_by_hand(logits[2:], labels[2:]), abs=1e-6)
     signs = [a if label else -a for a, label in zip(logits[2:], labels[2:], strict=True)]
     loss = sum(math.log1p(math.exp(-sign)) for sign in signs) / 8
     assert figures["log_loss"] == pytest.approx(loss, abs=1e-6)
-    assert [step for step, _ in stream.curve(steps)] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in stream_curve(steps)] == [1, 2, 3, 4, 5]
 
 
 @on_ranks(1)
@@ -319,7 +319,7 @@ def test_report(tmp_path: Path) -> None:
         assert difference is not None and difference.mean == pytest.approx(mean)
 
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    pictures = {f"{name}.svg" for name in ("differences", "lr", "epochs", "stream", "rates")}
+    pictures = {f"{name}.png" for name in ("differences", "lr", "epochs", "stream", "rates")}
     assert names == {"RESULTS.md", *pictures}
     document = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "own_weight 1" in document and all(f"]({name})" in document for name in pictures)

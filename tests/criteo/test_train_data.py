@@ -70,11 +70,11 @@ HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda f: cut(f / "day_0_dense.npy", 0), r"day_0_dense\.npy is not an npy"),
     "cut": (
         lambda f: cut(f / "day_2_sparse.npy", 10_000),
-        r"day_2_sparse\.npy is truncated: 10,000 bytes, where 98 rows are 10,320",
+        r"day_2_sparse\.npy is not an npy file, or truncated",
     ),
     "too long": (
         lambda f: (f / "day_0_labels.npy").open("ab").write(b"1234"),
-        r"day_0_labels\.npy is too long: 524 bytes, where 98 rows are 520",
+        r"day_0_labels\.npy is too long: 98 rows take less",
     ),
     "dtype": (
         lambda f: save(f / "day_0_dense.npy", np.zeros((SAMPLES, 13))),
@@ -170,7 +170,7 @@ def test_one_rank_alone_cannot_read(tmp_path: Path) -> None:
                 raise OSError("stale file handle")
 
             patch.setattr(data_module.Day, "read", fail)
-        with pytest.raises(ValueError, match=r"on rank 1 \(1 of 2 failed\): stale file handle"):
+        with pytest.raises(ValueError, match="on rank 1: stale file handle"):
             program.prepare(settings)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
@@ -179,7 +179,7 @@ def test_one_rank_alone_cannot_read(tmp_path: Path) -> None:
             program.prepare(settings)
     # Rank 0 alone writes.
     nowhere = replace(settings, out=tmp_path / "data" / "day_0_dense.npy" / "out")
-    with pytest.raises(ValueError, match=r"on rank 0 \(1 of 2 failed\): .*Not a directory"):
+    with pytest.raises(ValueError, match="on rank 0: .*Not a directory"):
         program.prepare(nowhere)
 
 
@@ -193,7 +193,7 @@ def test_too_many_bad_rows_to_keep(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "MOST_BAD", 40)
         patch.setattr(scan, "CHUNK", 30)
-        message = r"on rank 0 .*More than 40 bad rows: day_0_labels.npy, rows 0 to \d+"
+        message = r"on rank 0: More than 40 bad rows: day_0_labels.npy, rows 0 to \d+"
         with pytest.raises(ValueError, match=message):
             program.prepare(parse(arguments(tmp_path / "data", tmp_path / "out")))
 

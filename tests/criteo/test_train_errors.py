@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from torch.utils.tensorboard.writer import SummaryWriter
-from training import GIVEN, STEPS, arguments, assert_same, run
+from training import GIVEN, REPOSITORY, STEPS, arguments, assert_same, run
 
 from criteo import __main__ as program
 from criteo import ranks
 from criteo.monitor import Monitor
-from criteo.ranks import gather
+from examples import ranks as group
 from examples.checkpoint import Checkpoints, NotSaved
+from examples.ranks import gather
 
 
 @contextlib.contextmanager
@@ -125,7 +127,7 @@ def test_what_cannot_be_trained_on_is_said_in_a_line(
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["train", *flags])
-        patch.setattr(program, "connect", lambda backend: None)
+        patch.setattr(group, "connect", lambda backend: None)
         program.main()
     assert stopped.value.code == 2
     errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
@@ -141,6 +143,16 @@ def test_another_rank_with_another_error_says_so(tmp_path: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         ranks.say_error(f"of rank {rank}\nalone")
     assert said.getvalue() == f"error: of rank {rank} alone\n"
+
+
+def test_the_image_has_all_that_is_imported(tmp_path: Path) -> None:
+    for line in (REPOSITORY / "launch" / "Dockerfile.dockerignore").read_text().splitlines():
+        if line.startswith("!"):
+            (tmp_path / line[1:]).symlink_to(REPOSITORY / line[1:])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "import criteo.__main__"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_main_without_torchrun(
@@ -172,8 +184,8 @@ def test_main_leaves_the_group(
             raise end
 
     monkeypatch.setattr(program, "train", train)
-    monkeypatch.setattr(program, "connect", lambda backend: None)
-    monkeypatch.setattr(program, "logging", mock.Mock())  # whose levels it would set
+    monkeypatch.setattr(group, "connect", lambda backend: None)
+    monkeypatch.setattr(group, "logging", mock.Mock())  # whose levels it would set
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("barrier", "destroy_process_group"):
         monkeypatch.setattr(dist, name, functools.partial(calls.append, name))

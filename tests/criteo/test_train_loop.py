@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from training import CPU, ROWS, built, content, run, scalars
 
-from criteo import evaluate, model
+from criteo import model
 from criteo.loop import Loop
+from examples.training import Figures
 from torchrec_freq import row_counts, save_counts
 
 
@@ -156,13 +156,6 @@ def test_planner_report(
     assert ("cat_25" in printed.getvalue()) == (dist.get_rank() == 0)
 
 
-class Outputs:
-    """In place of a pipeline."""
-
-    def progress(self, source: Iterator[Any]) -> Any:
-        return next(source)
-
-
 @pytest.mark.parametrize("thresholds", [None, 20_000])
 @on_ranks(2)
 def test_figures(thresholds: int | None) -> None:
@@ -171,17 +164,20 @@ def test_figures(thresholds: int | None) -> None:
     logits, labels = random.normal(size=41).astype(np.float32), random.integers(0, 2, 41)
     logits[3] = logits[20]
     shares = [part[dist.get_rank() :: 2] for part in np.split(np.arange(41), [20, 40])]
-    batches = [
-        (None, torch.from_numpy(logits[share]), torch.from_numpy(labels[share])) for share in shares
-    ]
-    pipeline: Any = Outputs()
-    figures = evaluate.evaluate(pipeline, iter(batches), CPU, thresholds, lambda: None)
+
+    def measured(thresholds: int | None) -> dict[str, float]:
+        metrics = Figures(CPU, thresholds)
+        for share in shares:
+            metrics.update(torch.from_numpy(logits[share]), torch.from_numpy(labels[share]))
+        return metrics.compute()
+
+    figures = measured(thresholds)
     pairs = [
         (logits[a] > logits[b]) + 0.5 * (logits[a] == logits[b])
         for a, b in itertools.product(np.flatnonzero(labels == 1), np.flatnonzero(labels == 0))
     ]
     assert figures["auc"] == pytest.approx(np.mean(pairs), abs=1e-6 if thresholds is None else 1e-3)
-    coarse = evaluate.evaluate(pipeline, iter(batches), CPU, 3, lambda: None)
+    coarse = measured(3)
     assert abs(coarse["auc"] - figures["auc"]) > 1e-3
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
     losses = -np.log(np.where(labels == 1, probability, 1 - probability))

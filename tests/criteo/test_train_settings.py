@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ from criteo.config import parse
 
 REFUSED = [
     ([], "No data: give data.folder, or data.synthetic"),
-    (["--data.synthetic", "99"], "data.synthetic must be at least 100; got 99"),
+    (["--data.synthetic", "99"], '"data.synthetic".*v>=100'),
     ([*GIVEN, "--data.rows", "[1, 2]"], "data.rows must be 26 numbers, one a table; got 2"),
-    ([*GIVEN, "--data.rows", str([0] * 26)], "data.rows must be at least 1; got 0"),
-    ([*GIVEN, "--data.max_rows", "0"], "data.max_rows must be at least 1"),
-    ([*GIVEN, "--data.threads", "0"], "data.threads must be at least 1"),
+    ([*GIVEN, "--data.rows", str([0] * 26)], '"data.rows".* 0 .* v>=1'),
+    ([*GIVEN, "--data.max_rows", "0"], '"data.max_rows".*v>=1'),
+    ([*GIVEN, "--data.threads", "0"], '"data.threads".*v>=1'),
     ([*GIVEN, "--data.scan", "false"], "give data.rows"),
     (
         [*GIVEN, "--data.rows", str(ROWS), "--data.scan", "false", "--data.bad_rows", "skip"],
@@ -23,35 +24,35 @@ REFUSED = [
     ),
     ([*GIVEN, "--data.bad_rows", "fix"], "data.bad_rows"),
     ([*GIVEN, "--model.dim", "6"], "model.dim must be a multiple of 4"),
-    ([*GIVEN, "--model.top", "[8, 0]"], "model.top must be at least 1; got 0"),
+    ([*GIVEN, "--model.top", "[8, 0]"], '"model.top".* 0 .*v>=1'),
     ([*GIVEN, "--model.dcn_rank", "4"], "are for model.kind=DLRM_DCN"),
     ([*GIVEN, "--model.kind", "DLRM_DCN"], "needs model.dcn_layers and model.dcn_rank"),
     ([*GIVEN, "--optimizer.name", "Adam"], "optimizer.name"),
-    ([*GIVEN, "--optimizer.lr", ".inf"], "optimizer.lr must be a finite number >= 0; got inf"),
-    ([*GIVEN, "--optimizer.warmup", "-1"], "optimizer.warmup must be at least 0"),
+    ([*GIVEN, "--optimizer.lr", ".inf"], '"optimizer.lr".*inf'),
+    ([*GIVEN, "--optimizer.warmup", "-1"], '"optimizer.warmup".* -1 .*v>=0'),
     ([*GIVEN, "--optimizer.frequency.half_life", "0"], "Invalid half_life value: 0"),
     (
         [*GIVEN, "--optimizer.name", "SGD", "--optimizer.frequency.own_weight", "2"],
         "optimizer.frequency is for FrequencySGD",
     ),
     ([*GIVEN, "--optimizer.frequency.count", "frozen"], "needs the file planner.counts"),
-    ([*GIVEN, "--planner.sharding", "[rows]"], "planner.sharding must be some of"),
-    ([*GIVEN, "--planner.kernels", "[]"], "planner.kernels must be some of"),
-    ([*GIVEN, "--planner.hbm_gb", "0"], "planner.hbm_gb must be a number above 0"),
+    ([*GIVEN, "--planner.sharding", "[rows]"], '"planner.sharding".*table_wise'),
+    ([*GIVEN, "--planner.kernels", "[]"], "planner.kernels must not be empty"),
+    ([*GIVEN, "--planner.hbm_gb", "0"], '"planner.hbm_gb".*v>0'),
     (
         [*GIVEN, "--planner.sharding", "[data_parallel]", "--optimizer.name", "SGD"],
         "does not train data_parallel tables with SGD",
     ),
-    ([*GIVEN, "--evaluation.thresholds", "1"], "evaluation.thresholds must be at least 2"),
+    ([*GIVEN, "--evaluation.thresholds", "1"], '"evaluation.thresholds".*v>=2'),
     ([*GIVEN, "--evaluation.samples", "9"], "give evaluation.every"),
-    ([*GIVEN, "--checkpoint.minutes", "-1"], "checkpoint.minutes must be >= 0"),
-    ([*GIVEN, "--checkpoint.keep", "0"], "checkpoint.keep must be at least 1"),
-    ([*GIVEN, "--batch_size", "0"], "batch_size must be at least 1; got 0"),
+    ([*GIVEN, "--checkpoint.minutes", "-1"], '"checkpoint.minutes".* -1 .*v>=0'),
+    ([*GIVEN, "--checkpoint.keep", "0"], '"checkpoint.keep".*v>=1'),
+    ([*GIVEN, "--batch_size", "0"], '"batch_size".* 0 .*v>=1'),
     ([*GIVEN, "--batch_size", "many"], "batch_size"),
     ([*GIVEN, "--model.dim", "null"], "model.dim"),
     ([*GIVEN, "--model.bottom", "[8, null]"], "model.bottom"),
-    ([*GIVEN, "--seed", str(2**64)], "seed must be at most"),
-    ([*GIVEN, "--batch_size", str(10**400)], "batch_size must be at most"),
+    ([*GIVEN, "--seed", str(2**64)], '"seed".*v<='),
+    ([*GIVEN, "--batch_size", str(10**400)], '"batch_size".*v<='),
     ([*GIVEN, "--checkpoint.not_saved", "maybe"], "checkpoint.not_saved"),
     ([*GIVEN, "--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
 ]
@@ -61,7 +62,7 @@ REFUSED = [
 def test_refused_settings(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         parse(flags)
-    assert message in str(error.value)
+    assert re.search(message, str(error.value), re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,8 @@ def test_refused_settings(flags: list[str], message: str) -> None:
             "data: {synthetic: 500}\noptimizer: {frequency: null}",
             "optimizer.frequency must be a section of settings; got None",
         ),
-        ("data: {synthetic: 500}\nepochs: null", "epochs must not be null; leave it out"),
-        ("data: {synthetic: 500}\nmodel: {dim: null}", "model.dim must not be null"),
+        ("data: {synthetic: 500}\nepochs: null", '"epochs"'),
+        ("data: {synthetic: 500}\nmodel: {dim: null}", '"model.dim"'),
         ("data: {synthetic: 500}\nepochs: [1]", "epochs"),
         ("data: &a [*a]", "refers to itself"),
         ("null", "null"),

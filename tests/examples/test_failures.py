@@ -25,6 +25,7 @@ from ranks import run_on_ranks
 from torch.distributed.checkpoint import FileSystemWriter
 
 from examples import checkpoint
+from examples import ranks as group
 from examples.checkpoint import Checkpoints, NoCheckpoint
 from torchrec_freq import load_counts, output, row_counts, save_counts
 from torchrec_freq.counts import files
@@ -199,7 +200,7 @@ POINTS = [
     Point(Path, "rename", call=2),  # to the name of a checkpoint
     Point(Path, "rename", call=2, after=True),
     Point(checkpoint, "sync", after=True),
-    Point(checkpoint, "_gathered", call=4, rank=1),
+    Point(group, "gather", call=3, rank=1),
     Point(Path, "rename", call=3, after=True),  # of one to delete
     Point(os, "unlink", call=2),  # in the middle of that
     Point(shutil, "rmtree", after=True),

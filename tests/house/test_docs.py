@@ -55,7 +55,12 @@ MODULES_WITH_EXAMPLES = [
     for path in sorted((ROOT / "torchrec_freq").rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-MADE_BY_SPHINX = {"{eval-rst}", "{include} ../CONTRIBUTING.md", "{toctree}"}
+MADE_BY_SPHINX = {
+    "{eval-rst}",
+    "{include} ../CONTRIBUTING.md",
+    "{literalinclude} ../examples/start.py",
+    "{toctree}",
+}
 
 
 @dataclass(frozen=True)
