@@ -89,8 +89,8 @@ def test_an_optimizer_that_fails_does_not_take_the_others_along() -> None:
 
 def test_tests_are_those_that_need_a_gpu() -> None:
     files = {Path(name).name: run for name, run in gpu.tests(part()).items()}
-    assert {"test_engine.py", "test_sharding.py"} <= set(files)
-    outcomes = files["test_engine.py"]()
+    assert {"test_engine_device.py", "test_sharding.py"} <= set(files)
+    outcomes = files["test_engine_device.py"]()
     assert len(outcomes) > 10 and all("cuda" in name for name in outcomes)
     if not torch.cuda.is_available():
         assert set(outcomes.values()) == {"skipped: needs a CUDA device"}

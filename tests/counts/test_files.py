@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from models import TABLES, Pair
@@ -25,7 +26,6 @@ from safetensors.numpy import load_file, save_file
 
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING
-from torchrec_freq.counts import files
 from torchrec_freq.counts.files import CountsReader, load_counts, save_counts
 from torchrec_freq.output import check_folder, check_output, write_text, writing
 
@@ -361,8 +361,8 @@ def test_outputs_are_checked_before_the_work(
 
 # Where a writer kills itself, and whether the new file is in its place then.
 POINTS = [
-    (Point(files, "save_file"), False),
-    (Point(files, "save_file", after=True), False),
+    (Point(safetensors.torch, "save_file"), False),
+    (Point(safetensors.torch, "save_file", after=True), False),
     (Point(os, "fsync"), False),
     (Point(os, "replace"), False),
     (Point(os, "replace", after=True), True),

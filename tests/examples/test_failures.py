@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -28,7 +29,6 @@ from examples import checkpoint
 from examples import ranks as group
 from examples.checkpoint import Checkpoints, NoCheckpoint
 from torchrec_freq import load_counts, output, row_counts, save_counts
-from torchrec_freq.counts import files
 from torchrec_freq.counts.stored import open_stored
 
 SEED = 17
@@ -204,8 +204,8 @@ POINTS = [
     Point(Path, "rename", call=3, after=True),  # of one to delete
     Point(os, "unlink", call=2),  # in the middle of that
     Point(shutil, "rmtree", after=True),
-    Point(files, "save_file"),
-    Point(files, "save_file", after=True),
+    Point(safetensors.torch, "save_file"),
+    Point(safetensors.torch, "save_file", after=True),
     Point(output, "sync", call=3),
     Point(os, "replace", call=2),
     Point(os, "replace", call=2, after=True),
