@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -47,12 +46,13 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 from benchmarks.timing import BATCHES, Measured, Step, measure, spent
-from torchrec_freq import FrequencyConfig, FrequencySGD
+from examples.ranks import start_ranks
+from examples.training import OPTIMIZERS
+from torchrec_freq import FrequencyConfig
 from torchrec_freq.engine.tbe import FrequencyTBE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -66,13 +66,6 @@ TBE_OPTIMIZERS = {
     "COUNTER_SGD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     ADAGRAD: EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "Adagrad": EmbOptimType.EXACT_ADAGRAD,
-}
-# Those that TorchRec knows by a class.
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    BASE: torch.optim.SGD,
-    OURS: FrequencySGD,
-    ADAGRAD: RowWiseAdagrad,
-    "Adagrad": torch.optim.Adagrad,
 }
 
 
@@ -515,17 +508,12 @@ def main() -> None:
         results = [result for shape in bar for result in bench_tbe(shape, device, args.turns)]
         save(results, args.out / "tbe.json")
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(dist.get_rank())
-    shape = Shape(*args.shape) if args.shape else REFERENCE[0]
-    results = bench_sharded(shape, device, args.turns, time.monotonic() + args.seconds)
-    if dist.get_rank() == 0:
-        save(results, args.out / f"sharded-{dist.get_world_size()}.json")
-    dist.barrier()  # no rank leaves while another still talks to it
-    dist.destroy_process_group()
+    with start_ranks() as device:
+        torch.manual_seed(dist.get_rank())
+        shape = Shape(*args.shape) if args.shape else REFERENCE[0]
+        results = bench_sharded(shape, device, args.turns, time.monotonic() + args.seconds)
+        if dist.get_rank() == 0:
+            save(results, args.out / f"sharded-{dist.get_world_size()}.json")
 
 
 if __name__ == "__main__":

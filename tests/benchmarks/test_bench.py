@@ -10,7 +10,6 @@ from ranks import on_ranks
 
 from benchmarks.bench import (
     BASE,
-    OPTIMIZERS,
     REFERENCE,
     SWEEPS,
     Result,
@@ -23,6 +22,7 @@ from benchmarks.bench import (
     save,
     table,
 )
+from examples.training import OPTIMIZERS
 
 CPU = torch.device("cpu")
 SHAPE = Shape(tables=2, rows=64, dim=8, batch=16, ids=3)

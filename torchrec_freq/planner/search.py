@@ -29,7 +29,7 @@ OPTIMIZERS: Final[Mapping[str, type[torch.optim.Optimizer]]] = {
     "Adam": torch.optim.Adam,
 }
 
-_HBM_KERNELS: Final = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
+HBM_KERNELS: Final = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
 _CACHED: Final = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 
 
@@ -74,10 +74,10 @@ def plan(
     Returns:
         The plan in HBM; if there is none, the one with cached tables in host memory.
     """
-    search = _Search(spec, optimizer, counts, timeout_seconds)
-    if search.run(spec.constraints(_HBM_KERNELS)):
+    search = Search(spec, optimizer, counts, timeout_seconds)
+    if search.run(spec.constraints(HBM_KERNELS)):
         return search.result("in HBM")
-    if not search.run(spec.constraints([*_HBM_KERNELS, _CACHED])):
+    if not search.run(spec.constraints([*HBM_KERNELS, _CACHED])):
         return Result(optimizer=optimizer, fits="no", seconds=search.seconds)
     if counts is not None:
         # TorchRec divides the memory for caches over tables of which all else is settled.
@@ -98,7 +98,7 @@ def _settled(options: Sequence[ShardingOption]) -> dict[str, ParameterConstraint
     }
 
 
-class _Search(FrequencyStats):
+class Search(FrequencyStats):
     """Searches of the planner for one optimizer, and the last plan that was found."""
 
     def __init__(
