@@ -189,6 +189,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "takes ten seconds; tests/benchmarks runs it on a small shape",
         program,
     ),
+    r"python -m benchmarks\.scale.*": (
+        "takes two minutes; tests/benchmarks plans 8 ranks",
+        lambda command: program(re.sub(r" \d+\b", "", command)),
+    ),
     r"python -m benchmarks\.gpu.*": (
         "takes a GPU; tests/benchmarks rehearses it",
         lambda command: program(re.sub(r" (bench|\d+)\b", "", command)),
