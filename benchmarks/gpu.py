@@ -32,6 +32,7 @@ import torch
 from benchmarks import bench
 from benchmarks.bench import REPOSITORY, Shape
 from torchrec_freq import __version__, _versions
+from torchrec_freq.engine.fused import FUSE
 from torchrec_freq.output import write_text
 
 SECONDS = {"tests": 150, "bench": 210, "profile": 50, "demo": 100}
@@ -220,6 +221,7 @@ def machine() -> dict[str, str]:
         "driver": driver or "unknown",
         "CUDA of torch": str(torch.version.cuda),
         "versions": f"{_versions.find()}, torchrec_freq {__version__}",
+        "engine": "compiled" if os.environ.get(FUSE) == "1" else "not compiled",
         "Python": platform.python_version(),
         "system": platform.platform(),
     }

@@ -13,31 +13,13 @@ from torch import Tensor
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.engine.counters import count_occurrences_, halve_
+from torchrec_freq.engine.loans import Loan
 from torchrec_freq.engine.lookups import Batch, Layout, Lookups
 from torchrec_freq.engine.totals import TableTotals, TotalsTable
 from torchrec_freq.engine.turn import Turn
-from torchrec_freq.rule import entering_squares
 
 NOT_COMPILED: Final = "FrequencySGD works by autograd hooks, which a compiled graph would not run"
 """Why torch.compile stays out of the lookups; a message of its own where it is told to go in."""
-
-
-@dataclass
-class Loan:
-    """What the sums of squares of a batch's rows were before they were lent, and what was lent.
-
-    Attributes:
-        before_L: int32 [lookups] the counts.
-        after_L: int32 [lookups] the counts once the step is done.
-        occurrences_L: int32 [lookups] trained occurrences of the row in the batch.
-        lent_L: float32 [lookups]; None until it is.
-    """
-
-    lookups: Lookups
-    before_L: Tensor
-    after_L: Tensor | None = None
-    occurrences_L: Tensor | None = None
-    lent_L: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -205,29 +187,23 @@ class CountingTBE:
         counts_L = self.counts.index_select(0, rows_L)
         self.counts.scatter_(0, rows_L, counts_L.clamp_(max=COUNT_CEILING))
 
-    def _of_lookups(self, values_T: Tensor, lookups: Lookups) -> Tensor:
-        """[lookups] of [tables of the totals]: that of each lookup's table."""
-        if self._position_F is not None:
-            values_T = values_T.index_select(0, self._position_F)
-        return values_T.index_select(0, lookups.feature_L)
+    def _of_features(self, values_T: Tensor) -> Tensor:
+        """[features] of [tables of the totals]: that of each feature's table."""
+        if self._position_F is None:
+            return values_T
+        return values_T.index_select(0, self._position_F)
 
-    def _add_totals(
-        self, lookups: Lookups, squares_L: Tensor, occurrences_L: Tensor, limit_T: Tensor
-    ) -> None:
+    def _add_totals(self, lookups: Lookups, entering_L: Tensor, occurrences_L: Tensor) -> None:
         """Adds a backward's squares and occurrences to the totals.
 
         Args:
-            squares_L: float32 [lookups] mean square of the gradient of each lookup's row.
+            entering_L: float32 [lookups] what each adds to the sum of squares.
             occurrences_L: [lookups] trained occurrences of the row.
-            limit_T: as :meth:`TableTotals.rates` gives it.
         """
         ends_F = lookups.ends_F
-        limit_L = self._of_lookups(limit_T, lookups)
-        entering_L = entering_squares(squares_L, occurrences_L, limit_L)
         if lookups.trained_L is None:
             occurrences_F = lookups.lengths_F
         else:
-            entering_L *= lookups.trained_L
             occurrences_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, lookups.trained_L)
         squares_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, entering_L)
         if self.frequency.count == "samples":

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchrec_freq.engine.fused import fused
+
 
 @dataclass
 class Batch:
@@ -106,7 +108,7 @@ class Layout:
             ends_F = batch.offsets.index_select(0, batch.bag_starts_F)
         lengths_F = ends_F.diff()
         feature_L = torch.repeat_interleave(lengths_F, output_size=lookups)
-        rows_L = self.first_row_F.index_select(0, feature_L).add_(batch.indices)
+        rows_L = fused(_rows)(self.first_row_F, feature_L, batch.indices)
         trained_L, touched_F = self._trained(batch, grad, feature_L, ends_F)
         return Lookups(ends_F, lengths_F, feature_L, rows_L, trained_L, touched_F)
 
@@ -120,7 +122,7 @@ class Layout:
         elif batch.bag_starts_F is not None:
             pass  # which part of the output a bag is, is FBGEMM's secret
         elif not self.pooled:
-            trained_L = _nonzero_rows(grad)
+            trained_L = fused(_nonzero_rows)(grad)
         elif not self._all_have_gradient(grad):
             trained_B = has_gradient(grad, self.dims).t().reshape(-1)
             lengths_B = batch.offsets.diff()
@@ -164,9 +166,14 @@ def has_gradient(grad: Tensor, dims: Sequence[int]) -> Tensor:
             last += 1
         width = (last - first) * dims[first]
         run_BFD = grad.narrow(1, column, width).unflatten(1, (last - first, dims[first]))
-        parts_B.append(_nonzero_rows(run_BFD))
+        parts_B.append(fused(_nonzero_rows)(run_BFD))
         first, column = last, column + width
     return parts_B[0] if len(parts_B) == 1 else torch.cat(parts_B, dim=1)
+
+
+def _rows(first_row_F: Tensor, feature_L: Tensor, indices: Tensor) -> Tensor:
+    """int64 [lookups] of the ids of each lookup, within its feature's table."""
+    return first_row_F.index_select(0, feature_L) + indices
 
 
 def _nonzero_rows(grad: Tensor) -> Tensor:

@@ -28,10 +28,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.engine.counters import count_occurrences_, counted
-from torchrec_freq.engine.counting import CountingTBE, Loan
+from torchrec_freq.engine.counters import count_occurrences_
+from torchrec_freq.engine.counting import CountingTBE
+from torchrec_freq.engine.fused import fused
+from torchrec_freq.engine.loans import Loan, added, lent
 from torchrec_freq.engine.lookups import Batch
-from torchrec_freq.rule import kernel_factor, lent_squares
+from torchrec_freq.rule import kernel_factor
 
 _MOMENTUM: Final = ("momentum1_dev", "momentum1_host")
 
@@ -105,17 +107,16 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             self._close_loan()
             per_count_T, _ = self.totals.rates()
             lookups = self.layout.of(batch, grad)
-            counts_R, rows_L = self.counts, lookups.rows_L
-            before_L = counts_R.index_select(0, rows_L)
+            rows_L = lookups.rows_L
+            before_L = self.counts.index_select(0, rows_L)
             self._loan = loan = Loan(lookups, before_L)
-            count_occurrences_(counts_R, rows_L, lookups.trained_L)
-            now_L = counts_R.index_select(0, rows_L)
-            loan.occurrences_L = now_L - before_L
-            loan.after_L = counted(self.frequency.count, before_L, now_L)
-            unit_L = None
+            unit_F = None
             if self.frequency.normalize is not None:
-                unit_L = self._of_lookups(per_count_T / self.frequency.own_weight, lookups)
-            loan.lent_L = lent_squares(self.frequency, loan.after_L, unit_L)
+                unit_F = self._of_features(per_count_T / self.frequency.own_weight)
+            count_occurrences_(self.counts, rows_L, lookups.trained_L)
+            loan.after_L, loan.occurrences_L, loan.lent_L = fused(lent)(
+                self.frequency, self.counts, rows_L, lookups.feature_L, before_L, unit_F
+            )
             # Equal rows write equal values, so the order of the writes does not matter.
             self._momentum.scatter_(0, rows_L, loan.lent_L)
 
@@ -123,18 +124,23 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
     def _settle(self) -> None:
         """Takes what the kernel added to the totals, and writes the counts back."""
         with self._turn:
-            loan, self._loan = self._loan, None
+            loan = self._loan
             if loan is None:  # closed by somebody in between
                 return
             assert loan.lent_L is not None
             assert loan.after_L is not None and loan.occurrences_L is not None
-            rows_L = loan.lookups.rows_L
-            squares_L = self._momentum.index_select(0, rows_L).sub_(loan.lent_L)
-            self.counts.scatter_(0, rows_L, loan.after_L)
-            if self.frequency.normalize is None:
-                squares_L.zero_()  # not seen beside what was lent
+            lookups = loan.lookups
             _, limit_T = self.totals.rates()
-            self._add_totals(loan.lookups, squares_L, loan.occurrences_L, limit_T)
+            entering_L = fused(added)(
+                self.frequency,
+                self.counts,
+                *(lookups.rows_L, lookups.feature_L, lookups.trained_L),
+                *(loan.occurrences_L, loan.lent_L),
+                self._of_features(limit_T),
+            )
+            self.counts.scatter_(0, lookups.rows_L, loan.after_L)
+            self._loan = None
+            self._add_totals(lookups, entering_L, loan.occurrences_L)
             if loan.lookups.touched_F is not None:
                 self._partial.append(loan)
             self.totals.end_backward(self._aged)

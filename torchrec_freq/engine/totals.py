@@ -14,6 +14,7 @@ from torch.nn.functional import threshold
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import STATE_FORMAT, TOTALS
+from torchrec_freq.engine.fused import fused
 from torchrec_freq.engine.turn import Turn
 from torchrec_freq.rule import SQUARE_LIMIT, squares_per_count
 
@@ -140,12 +141,7 @@ class TableTotals:
         with self._turn:
             self._merge()
             if self._rates is None:
-                # Elementwise, few kernels: this is a cost of every step, however small.
-                squares_T1, parts_T2 = self._values.narrow(1, 1, 1), self._values.narrow(1, 2, 2)
-                rates_T2 = squares_per_count(squares_T1, parts_T2).to(torch.float32)
-                per_count_T, mean_T = rates_T2.unbind(1)
-                limit_T = threshold(SQUARE_LIMIT * mean_T, 0.0, torch.inf)
-                self._rates = per_count_T, limit_T
+                self._rates = fused(_rates)(self._values)
             return self._rates
 
     def add(
@@ -171,15 +167,11 @@ class TableTotals:
         """
         if replicated and self._replica:
             return
-        many_F = occurrences_F.to(torch.float64)
-        numbers = [
-            squares_F.to(torch.float64),
-            many_F if counts_F is occurrences_F else counts_F.to(torch.float64),
-            many_F,
-        ]
-        if self._split:
-            numbers.append(many_F if touched_F is None else touched_F.to(torch.float64))
-        step_F = torch.stack(numbers, dim=1)
+        if self._split and touched_F is None:
+            touched_F = occurrences_F
+        step_F = fused(_step)(
+            squares_F, counts_F, occurrences_F, touched_F if self._split else None
+        )
         with self._turn:
             self.pending |= self._group is None
             self._added.index_add_(0, slots_F, step_F)
@@ -251,3 +243,26 @@ class TableTotals:
                 self._ages[index] = (age - half_life) % half_life
                 due.append(index)
         return due
+
+
+def _rates(values_T: Tensor) -> tuple[Tensor, Tensor]:
+    """``per_count`` and ``limit`` of :attr:`TableTotals.values`; elementwise, few kernels."""
+    squares_T1, parts_T2 = values_T.narrow(1, 1, 1), values_T.narrow(1, 2, 2)
+    per_count_T, mean_T = squares_per_count(squares_T1, parts_T2).to(torch.float32).unbind(1)
+    return per_count_T, threshold(SQUARE_LIMIT * mean_T, 0.0, torch.inf)
+
+
+def _step(
+    squares_F: Tensor, counts_F: Tensor, occurrences_F: Tensor, touched_F: Tensor | None
+) -> Tensor:
+    """float64 [features, 3], or 4 with ``touched_F``."""
+    many_F = occurrences_F.to(torch.float64)
+    numbers = (
+        [squares_F, counts_F, many_F]
+        if touched_F is None
+        else [squares_F, counts_F, many_F, touched_F]
+    )
+    return torch.stack(
+        [many_F if number is occurrences_F else number.to(torch.float64) for number in numbers],
+        dim=1,
+    )
