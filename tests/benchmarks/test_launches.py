@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
 from benchmarks.launches import BATCH, DIM, FEATURES, bytes_each, of_a_step
+from benchmarks.timing import operators
 from torchrec_freq import FrequencyConfig
+from torchrec_freq.engine import fused
 
 BUDGET = {
     "advance": "new_zeros",
@@ -30,6 +37,24 @@ def test_operators_of_a_step() -> None:
     assert names == {part: text.split() for part, text in BUDGET.items()}
     # The number that docs/cost.md gives.
     assert sum(map(len, names.values())) == 42
+
+
+def test_operators_of_what_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[int] = []
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            result: list[Any] = []
+            inside.append(len(operators(lambda _: result.append(function(*arguments)))))
+            return result[0]
+
+        return run
+
+    monkeypatch.setattr(fused, "_choose", counted)
+    step = of_a_step()  # the second of two
+    assert len(inside) == 12
+    # Each is one kernel then: the number that docs/cost.md gives.
+    assert sum(map(len, step.values())) - sum(inside[6:]) + 6 == 24
 
 
 def test_operators_by_settings() -> None:
