@@ -49,13 +49,14 @@ def test_what_is_missing_comes_with_a_command(here: list[dict[str, Any]]) -> Non
     ("before", "text"),
     [
         (
-            "from torchrec_freq.engine import tbe\n"
-            "rule = tbe.lent_squares\n"
-            "tbe.lent_squares = lambda *inputs: rule(*inputs) * 1.001",
+            "from torchrec_freq.engine import loans\n"
+            "rule = loans.lent_squares\n"
+            "loans.lent_squares = lambda *inputs: rule(*inputs) * 1.001",
             "table-wise: weights differ by up to",
         ),
         (
-            "from torchrec_freq.engine import tbe\ntbe.counted = lambda mode, before, now: before",
+            "from torchrec_freq.engine import loans\n"
+            "loans.counted = lambda mode, before, now: before",
             "row-wise: the counts are wrong",
         ),
         (
