@@ -73,6 +73,7 @@ bench: setup  ## time a step with FrequencySGD beside other optimizers
 
 # Not in .venv: in the environment that trains, which may have no network either.
 gpu:  ## time a step on this machine's GPUs with PYTHON as it is, and write a report to share
+	@$(PYTHON) -I $(VERSIONS) check
 	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # Two processes, each with a module of tests at a time: what a module prepares is made once.
