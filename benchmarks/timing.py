@@ -5,6 +5,7 @@ are timed by events, and the host waits for none of them; otherwise by the clock
 """
 
 import contextlib
+import gc
 import math
 import os
 import random
@@ -138,6 +139,7 @@ def spent(
 
 def _peak(step: Step, device: torch.device) -> int:
     """Bytes that a step needs at once, besides those that were allocated before it."""
+    gc.collect()  # what is left of earlier steps would be freed in this one, and taken off its peak
     if device.type == "cuda":
         _wait(device)
         before = torch.cuda.memory_allocated(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from benchmarks import timing
 from benchmarks.timing import Measured, measure, spent
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -112,3 +114,20 @@ def test_it_stops_when_the_time_is_over() -> None:
     over = measure({"a": step}, CPU, turns=100, deadline=time.monotonic() - 1, warm_up=0)
     assert len(over["a"].ms) == 8
     assert len(measure({"a": step}, CPU, turns=10, warm_up=0)["a"].ms) == 10
+
+
+def test_garbage_of_an_earlier_step_is_not_taken_off_the_peak() -> None:
+    def leave(_: int) -> None:
+        garbage: list[Any] = [torch.empty(13)]
+        garbage.append(garbage)
+
+    def step(_: int) -> None:
+        gc.collect()
+        torch.empty(256)
+
+    gc.disable()  # or it is collected before the step, by chance
+    try:
+        timing._peak(leave, CPU)
+        assert timing._peak(step, CPU) == 1024
+    finally:
+        gc.enable()
