@@ -148,7 +148,7 @@ def prepare(folder: Path, before: int, held_out: int) -> Bench:
     samples = (before + AFTER) * BATCH // 4 + BATCH
     planted.generate(planted.Task(days=5, samples=samples, held_out=held_out), folder)
     days = find_days(folder)
-    sparse = [np.load(day.files["sparse"]) for day in days]
+    sparse = [np.load(day.files["sparse"].path) for day in days]
     rows = [int(most) + 1 for most in np.max([ids.max(axis=0) for ids in sparse], axis=0)]
     settings = Settings(
         batch_size=BATCH,

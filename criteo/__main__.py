@@ -56,7 +56,7 @@ def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
                 f"{data.path} holds other data than data.synthetic={data.synthetic} asks for. "
                 "Leave it out to train on them, or name another data.folder."
             )
-    seen = gather([(day.files["dense"].name, day.samples) for day in days])
+    seen = gather([(day.files["dense"].path.name, day.samples) for day in days])
     if other := [rank for rank, files in enumerate(seen) if files != seen[0]]:
         raise ValueError(f"Rank {other[0]} sees other files in {data.path} than rank 0.")
     # Ids that are taken modulo the rows have no upper bound.

@@ -21,7 +21,6 @@ from torchrec.datasets.criteo import (
     CAT_FEATURE_COUNT,
     DEFAULT_CAT_NAMES,
     INT_FEATURE_COUNT,
-    BinaryCriteoUtils,
 )
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -35,19 +34,39 @@ Samples = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Day:
-    """The three files of a day, whose headers have been checked."""
+class File:
+    """An npy file of values [samples, columns], as its header has it.
 
-    files: dict[str, Path]  # by kind
+    The header is read once, by whoever finds the file: NumPy has Python parse it, and in Python
+    3.10 and 3.11 threads that parse at once now and then raise a SystemError (gh-106905).
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
     samples: int
-    wide: bool  # ids are int64
+    columns: int
+    offset: int  # bytes before the values
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Samples start to stop, from the disk."""
+        skipped = self.offset + start * self.columns * self.dtype.itemsize
+        count = (stop - start) * self.columns
+        values = np.fromfile(self.path, self.dtype, count, offset=skipped)
+        if len(values) < count:
+            raise ValueError(f"{self.path} has been cut since it was found; start again.")
+        return values.reshape(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class Day:
+    """The three files of a day."""
+
+    files: dict[str, File]  # by kind
+    samples: int
 
     def read(self, start: int, stop: int) -> Samples:
         """Samples start to stop, from the disk."""
-        return {
-            kind: BinaryCriteoUtils.load_npy_range(str(path), start, stop - start)
-            for kind, path in self.files.items()
-        }
+        return {kind: file.read(start, stop) for kind, file in self.files.items()}
 
 
 def find_days(folder: Path) -> list[Day]:
@@ -77,17 +96,14 @@ def find_days(folder: Path) -> list[Day]:
 
 
 def _day(stem: Path) -> Day:
-    files = {kind: stem.with_name(f"{stem.name}_{kind}.npy") for kind in KINDS}
-    headers = {kind: _header(path, kind) for kind, path in files.items()}
-    lengths = {kind: rows for kind, (rows, _) in headers.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{files[kind].name} {rows:,}" for kind, rows in lengths.items())
+    files = {kind: _file(stem.with_name(f"{stem.name}_{kind}.npy"), kind) for kind in KINDS}
+    if len({file.samples for file in files.values()}) > 1:
+        found = ", ".join(f"{file.path.name} {file.samples:,}" for file in files.values())
         raise ValueError(f"{stem.parent}: the files of a day differ in their rows: {found}.")
-    return Day(files, lengths["dense"], wide=headers["sparse"][1] == "int64")
+    return Day(files, files["dense"].samples)
 
 
-def _header(path: Path, kind: str) -> tuple[int, str]:
-    """Rows and dtype of a file of a kind."""
+def _file(path: Path, kind: str) -> File:
     try:
         values = np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
@@ -101,7 +117,7 @@ def _header(path: Path, kind: str) -> tuple[int, str]:
         raise ValueError(f"{path} is stored by column; save np.ascontiguousarray of it.")
     if path.stat().st_size > values.offset + values.nbytes:
         raise ValueError(f"{path} is too long: {len(values):,} rows take less.")
-    return len(values), values.dtype.name
+    return File(path, values.dtype, len(values), COLUMNS[kind], values.offset)
 
 
 class Days:
@@ -174,8 +190,8 @@ class Batches:
     ) -> None:
         self._days, self._part, self._batch_size = days, part, batch_size
         self._modulo = np.array(rows) if modulo else None
-        wide = any(day.wide for day in days.days) and not modulo
-        self._id_dtype = np.int64 if wide else np.int32
+        wide = any(day.files["sparse"].dtype == np.int64 for day in days.days)
+        self._id_dtype = np.int64 if wide and not modulo else np.int32
         self._order_seed = order_seed
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         full, rest = divmod(len(part), batch_size)

@@ -101,7 +101,7 @@ def _scan_part(
                         column = int(wrong[bad_rows[0]].argmax())
                         what = _what(kind, samples[kind][bad_rows[0], column], column, rows)
                         fault = begin + bad_rows, what
-                        faults.setdefault(day.files[kind].name, []).append(fault)
+                        faults.setdefault(day.files[kind].path.name, []).append(fault)
                         good[bad_rows] = False
                 if len(bad) > MOST_BAD:
                     raise ValueError(
@@ -118,7 +118,7 @@ def _scan_part(
 
 def _key(days: Days, rows: Sequence[int] | None) -> list[Any]:
     """What the result depends on, as JSON has it."""
-    files = [path for day in days.days for path in day.files.values()]
+    files = [file.path for day in days.days for file in day.files.values()]
     stats = [(str(path.resolve()), path.stat()) for path in files]
     seen = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return [seen, None if rows is None else list(rows)]

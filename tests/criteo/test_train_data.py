@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import os
@@ -333,6 +334,31 @@ def test_batches(ranks: int, wide: bool, tmp_path: Path, monkeypatch: pytest.Mon
     assert orders == [
         np.random.default_rng([1, epoch]).permutation(4).tolist() for epoch in range(2)
     ]
+
+
+def test_headers_are_parsed_by_nobody_but_the_finder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads read, and Python's parser is not safe in several at once (File)."""
+    folder = write(tmp_path / "data", samples=10)
+    path = folder / "day_1_dense.npy"
+    values = np.load(path)
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, values, version=(2, 0))
+    days = find_days(folder)
+    monkeypatch.setattr(ast, "literal_eval", lambda header: pytest.fail(f"parsed {header!r}"))
+    got = Days(days).read(8, 23)
+    monkeypatch.undo()
+    assert all(np.array_equal(v[8:23], got[kind]) for kind, v in whole(folder, range(3)).items())
+
+
+def test_file_cut_since_it_was_found(tmp_path: Path) -> None:
+    days = find_days(write(tmp_path / "data", samples=10))
+    path = days[1].files["sparse"].path
+    cut(path, path.stat().st_size - 1)
+    Days(days).read(0, 19)
+    with pytest.raises(ValueError, match=r"day_1_sparse\.npy has been cut"):
+        Days(days).read(0, 20)
 
 
 @on_ranks(2)
