@@ -101,13 +101,13 @@ class Tally:
         rows = self.rows[table]
         # uint64 alone has numbers that int64 has not.
         wide_L = ids_L if ids_L.dtype == np.uint64 else ids_L.astype(np.int64)
-        if self.modulo:
-            wide_L = wide_L % wide_L.dtype.type(rows)
         least, most = int(wide_L.min()), int(wide_L.max())
         if least < 0 or most >= rows:
-            raise ValueError(
-                f"{where}: id {least if least < 0 else most} is out of range: table {table!r} has "
-                f"{rows} rows, for ids of 0 to {rows - 1}. Give more rows, or modulo if training "
-                "takes ids modulo the rows."
-            )
+            if not self.modulo:
+                raise ValueError(
+                    f"{where}: id {least if least < 0 else most} is out of range: table {table!r} "
+                    f"has {rows} rows, for ids of 0 to {rows - 1}. Give more rows, or modulo if "
+                    "training takes ids modulo the rows."
+                )
+            wide_L = wide_L % wide_L.dtype.type(rows)
         return wide_L.astype(np.int64, copy=False)

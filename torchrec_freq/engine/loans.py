@@ -55,7 +55,7 @@ def lent(
     return after_L, occurrences_L, lent_squares(config, after_L, unit_L)
 
 
-def added(
+def entering(
     config: FrequencyConfig,
     memory_R: Tensor,
     rows_L: Tensor,

@@ -31,7 +31,7 @@ from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import count_occurrences_
 from torchrec_freq.engine.counting import CountingTBE
 from torchrec_freq.engine.fused import fused
-from torchrec_freq.engine.loans import Loan, added, lent
+from torchrec_freq.engine.loans import Loan, entering, lent
 from torchrec_freq.engine.lookups import Batch
 from torchrec_freq.rule import kernel_factor
 
@@ -107,15 +107,15 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             self._close_loan()
             per_count_T, _ = self.totals.rates()
             lookups = self.layout.of(batch, grad)
-            rows_L = lookups.rows_L
-            before_L = self.counts.index_select(0, rows_L)
+            counts_R, rows_L = self.counts, lookups.rows_L
+            before_L = counts_R.index_select(0, rows_L)
             self._loan = loan = Loan(lookups, before_L)
             unit_F = None
             if self.frequency.normalize is not None:
                 unit_F = self._of_features(per_count_T / self.frequency.own_weight)
-            count_occurrences_(self.counts, rows_L, lookups.trained_L)
+            count_occurrences_(counts_R, rows_L, lookups.trained_L)
             loan.after_L, loan.occurrences_L, loan.lent_L = fused(lent)(
-                self.frequency, self.counts, rows_L, lookups.feature_L, before_L, unit_F
+                self.frequency, counts_R, rows_L, lookups.feature_L, before_L, unit_F
             )
             # Equal rows write equal values, so the order of the writes does not matter.
             self._momentum.scatter_(0, rows_L, loan.lent_L)
@@ -129,19 +129,19 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
                 return
             assert loan.lent_L is not None
             assert loan.after_L is not None and loan.occurrences_L is not None
-            lookups = loan.lookups
+            counts_R, lookups = self.counts, loan.lookups
             _, limit_T = self.totals.rates()
-            entering_L = fused(added)(
+            entering_L = fused(entering)(
                 self.frequency,
-                self.counts,
+                counts_R,
                 *(lookups.rows_L, lookups.feature_L, lookups.trained_L),
                 *(loan.occurrences_L, loan.lent_L),
                 self._of_features(limit_T),
             )
-            self.counts.scatter_(0, lookups.rows_L, loan.after_L)
+            counts_R.scatter_(0, lookups.rows_L, loan.after_L)
             self._loan = None
             self._add_totals(lookups, entering_L, loan.occurrences_L)
-            if loan.lookups.touched_F is not None:
+            if lookups.touched_F is not None:
                 self._partial.append(loan)
             self.totals.end_backward(self._aged)
 

@@ -167,11 +167,11 @@ class TableTotals:
         """
         if replicated and self._replica:
             return
-        if self._split and touched_F is None:
+        if not self._split:
+            touched_F = None
+        elif touched_F is None:
             touched_F = occurrences_F
-        step_F = fused(_step)(
-            squares_F, counts_F, occurrences_F, touched_F if self._split else None
-        )
+        step_F = fused(_step)(squares_F, counts_F, occurrences_F, touched_F)
         with self._turn:
             self.pending |= self._group is None
             self._added.index_add_(0, slots_F, step_F)
@@ -257,11 +257,9 @@ def _step(
 ) -> Tensor:
     """float64 [features, 3], or 4 with ``touched_F``."""
     many_F = occurrences_F.to(torch.float64)
-    numbers = (
-        [squares_F, counts_F, many_F]
-        if touched_F is None
-        else [squares_F, counts_F, many_F, touched_F]
-    )
+    numbers = [squares_F, counts_F, occurrences_F]
+    if touched_F is not None:
+        numbers.append(touched_F)
     return torch.stack(
         [many_F if number is occurrences_F else number.to(torch.float64) for number in numbers],
         dim=1,

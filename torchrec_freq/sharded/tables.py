@@ -169,7 +169,7 @@ class FrequencyTables:
             self.reduce(chunk_R, dist.ReduceOp.SUM)
             if self._replicas is not None:
                 self._reduce(chunk_R, dist.ReduceOp.SUM, self._replicas)
-                chunk_R.copy_(_part(chunk_R, 0, self._replicas.size()))
+                chunk_R.copy_(part_of_sum(chunk_R, 0, self._replicas.size()))
         for numbers in (totals, age):
             self.reduce(numbers, dist.ReduceOp.MAX)
         if self._replicas is not None:
@@ -197,7 +197,7 @@ class FrequencyTables:
             for chunk_R in shard.tbe.counts_of(shard.index).split(_CHUNK_ROWS):
                 sums_R = chunk_R.to(torch.int64)
                 self._reduce(sums_R, dist.ReduceOp.SUM, self._replicas)
-                chunk_R.copy_(_part(sums_R, group, groups))
+                chunk_R.copy_(part_of_sum(sums_R, group, groups))
 
     def load(self, name: str, state: TableState) -> None:
         """Sets the state of a table: of its shards on this rank, and its totals."""
@@ -265,6 +265,6 @@ class FrequencyTables:
             values.copy_(reduced)
 
 
-def _part(sums_R: Tensor, group: int, groups: int) -> Tensor:
-    """What one of several groups keeps of the sum of their counts."""
+def part_of_sum(sums_R: Tensor, group: int, groups: int) -> Tensor:
+    """int64 [rows]: what a group keeps of the sum of all, see :meth:`FrequencyTables.average`."""
     return (sums_R + (groups - 1 - group)).div_(groups, rounding_mode="floor")
