@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import BATCHES, Measured, Step, measure, spent
 from examples.ranks import start_ranks
-from examples.training import OPTIMIZERS
+from examples.training import OPTIMIZERS, optimizer_bytes
 from torchrec_freq import FrequencyConfig
 from torchrec_freq.engine.tbe import FrequencyTBE
 
@@ -347,18 +347,8 @@ def bench_sharded(
         if rank == 0:
             print(f"{workload} on {ranks} ranks: {turns} turns", flush=True)
         steps = {name: step_of(model) for name, model in models.items()}
-        states = {}
-        for name, model in models.items():
-            shards = [
-                shard.tensor.nbytes
-                for table in model.fused_optimizer.state_dict()["state"].values()
-                for value in table.values()
-                if hasattr(value, "local_shards")  # not the few numbers a table
-                for shard in value.local_shards()
-            ]
-            state = torch.tensor(sum(shards), device=device)
-            dist.all_reduce(state)
-            states[name] = int(state) / (shape.tables * shape.rows)
+        rows = shape.tables * shape.rows
+        states = {name: optimizer_bytes(model) / rows for name, model in models.items()}
         measured = measure(steps, device, turns, deadline)
         results += results_of((workload, ranks, device.type, shape), measured, states)
     return results

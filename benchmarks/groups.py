@@ -31,6 +31,7 @@ from benchmarks.study.train import build
 from examples.ranks import start_ranks
 from torchrec_freq.counts.state import TableState
 from torchrec_freq.sharded.install import frequency_modules
+from torchrec_freq.sharded.tables import part_of_sum
 
 TASKS = (("FM", "ml-100k-time-ids", 256), ("FM", "ml-100k", 1024), ("DLRM", "clicks-4", 1024))
 GROUPS = (1, 2, 4)
@@ -74,18 +75,14 @@ def sync(models: Sequence[Any]) -> None:
         counts_R = torch.stack([state.counts for state in states]).sum(dim=0)
         totals = torch.stack([state.totals for state in states]).mean(dim=0)
         for group, handle in enumerate(handles):
-            part_R = (counts_R + len(handles) - 1 - group) // len(handles)
+            part_R = part_of_sum(counts_R, group, len(handles))
             handle.load(name, TableState(part_R, totals, states[0].age))
 
 
 def auc(data: Dataset, run: Run, groups: int) -> dict[str, float]:
     """AUC after one epoch on the validation and on the test split."""
     trainings = [build(run, data) for _ in range(groups)]
-    order = data.rows["train"]
-    if not data.in_time:
-        random = torch.Generator().manual_seed(run.seed)
-        order = order[torch.randperm(len(order), generator=random)]
-    for rows in order.split(run.batch_size)[: data.steps(run.batch_size)]:
+    for rows in data.train_rows(run.batch_size, run.seed):
         for training, part in zip(trainings, rows.chunk(groups), strict=True):
             training.optimizer.zero_grad()
             loss, _ = training.model(data.batch(part))
@@ -96,8 +93,8 @@ def auc(data: Dataset, run: Run, groups: int) -> dict[str, float]:
         for training in trainings:
             training.optimizer.step()
         sync([training.model for training in trainings])
-    splits = {split: [(data.batch(rows), data.rare[rows])] for split, rows in data.rows.items()}
-    return {split: trainings[0].evaluate(splits[split])["auc"] for split in ("valid", "test")}
+    evaluate = trainings[0].evaluate
+    return {split: evaluate(data.held_out(split))["auc"] for split in ("valid", "test")}
 
 
 class Search:

@@ -9,6 +9,7 @@ among them: it is row-wise Adagrad's.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -58,6 +59,7 @@ def moved(found: dict[str, list[Operator]], ids: int) -> int:
     )
 
 
+@functools.cache
 def bytes_each() -> tuple[float, float]:
     """Bytes that the engine's operators move for a lookup, and for a bag besides."""
     one, two = (moved(of_a_step(ids), ids) for ids in (IDS, 2 * IDS))

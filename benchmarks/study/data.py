@@ -46,14 +46,17 @@ class Dataset:
         """Batches in an epoch; what does not fill one is left out."""
         return len(self.rows["train"]) // batch_size
 
-    def train(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """One epoch."""
+    def train_rows(self, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """The numbers of the samples of each batch of an epoch."""
         order = self.rows["train"]
         if not self.in_time:
             random = torch.Generator().manual_seed(seed)
             order = order[torch.randperm(len(order), generator=random)]
-        for rows in order.split(batch_size)[: self.steps(batch_size)]:
-            yield self.batch(rows)
+        yield from order.split(batch_size)[: self.steps(batch_size)]
+
+    def train(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """One epoch."""
+        return map(self.batch, self.train_rows(batch_size, seed))
 
     def held_out(self, *splits: str) -> list[tuple[Batch, Tensor]]:
         """Batches of the splits, each with a mask of its rare samples."""
