@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from reference import Feature, ReferenceModel, ReferenceTable
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -289,3 +291,16 @@ def full_weights(model: nn.Module, only: str = "") -> dict[str, Tensor]:
         dist.all_reduce(whole)
         weights[name.split(".")[-2]] = whole
     return weights
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """What a checkpoint holds of a model."""
+    return {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()}
+
+
+def restore(model: Any, folder: Path) -> None:
+    """Loads a checkpoint of :func:`state_of`, of any plan."""
+    state = state_of(model)
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    model.fused_optimizer.load_state_dict(state["optimizer"])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
-from ratings import write_recbole
 
 from benchmarks import groups, launches, scale
 from benchmarks.study.config import FREQUENCY, ROWWISE, Run
@@ -20,25 +19,21 @@ from torchrec_freq.sharded.install import frequency_modules
 
 
 @on_ranks(1)
-def test_one_group_is_the_study(tmp_path: Path) -> None:
-    (tmp_path / "ml-100k").mkdir()
-    write_recbole(tmp_path / "ml-100k")
+def test_one_group_is_the_study(ratings: Path) -> None:
     for arm in (FREQUENCY, ROWWISE):
         run = Run("ml-100k", "FM", arm, 0.1, 32, 1, 0)
-        wanted = train(run, tmp_path)["measures"]["epoch 1"]
-        found = groups.auc(load(run.data, tmp_path), run, 1)
+        wanted = train(run, ratings)["measures"]["epoch 1"]
+        found = groups.auc(load(run.data, ratings), run, 1)
         assert found["test"] == pytest.approx(wanted["auc"], abs=1e-6)
         assert found["valid"] == pytest.approx(wanted["by"], abs=1e-6)
-        assert groups.auc(load(run.data, tmp_path), run, 2) != found
+        assert groups.auc(load(run.data, ratings), run, 2) != found
 
 
 @on_ranks(1)
-def test_groups_are_averaged(tmp_path: Path) -> None:
-    (tmp_path / "ml-100k").mkdir()
-    write_recbole(tmp_path / "ml-100k")
+def test_groups_are_averaged(ratings: Path) -> None:
     for arm in (FREQUENCY, ROWWISE):
         run = Run("ml-100k", "FM", arm, 0.1, 32, 1, 0)
-        data = load(run.data, tmp_path)
+        data = load(run.data, ratings)
         models = []
         for seed in (0, 1):
             training = build(run, data)

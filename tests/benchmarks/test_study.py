@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
-from ratings import write_recbole
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
@@ -115,14 +114,6 @@ def test_criteo_files(clicks: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(in_order.sparse_features["cat_3"].values(), sparse[:, 3])
     with pytest.raises(FileNotFoundError, match="0 days"):
         criteo_data(tmp_path)
-
-
-@pytest.fixture
-def ratings(tmp_path: Path) -> Path:
-    """A data folder with a few hundred ratings, the last of which is the latest."""
-    (tmp_path / "ml-100k").mkdir()
-    write_recbole(tmp_path / "ml-100k")
-    return tmp_path
 
 
 def test_ratings_in_the_order_of_time(ratings: Path) -> None:

@@ -22,6 +22,7 @@ from models import (
     make_collection,
     sample_loss,
     shard,
+    state_of,
     to_kjt,
 )
 from plans import WIDE_TABLES as TABLES
@@ -316,8 +317,7 @@ def save_checkpoints(kinds: list[str], folder: Path) -> None:
     for kind in kinds:
         model = build(RowWiseAdagrad, kind)
         train(model, 5)
-        state = {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()}
-        dcp.save(state, checkpoint_id=folder / kind)
+        dcp.save(state_of(model), checkpoint_id=folder / kind)
         found = table_sums(model)
         if dist.get_rank() == 0:
             torch.save(found, folder / f"{kind}.sums")

@@ -18,7 +18,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import LR, TABLES, Pair, full_weights, make_batch, make_collection, sample_loss, to_kjt
+from models import (
+    LR,
+    TABLES,
+    Pair,
+    full_weights,
+    make_batch,
+    make_collection,
+    restore,
+    sample_loss,
+    state_of,
+    to_kjt,
+)
 from plans import make_plan
 from ranks import on_ranks, run_on_ranks
 from reference import Feature, ReferenceModel, ReferenceTable
@@ -264,17 +275,6 @@ def test_a_row_that_one_group_has_seen_once_is_not_forgotten() -> None:
     assert counts[0] == 10
 
 
-def state_of(model: Any) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()}
-
-
-def load(model: Any, folder: Path) -> None:
-    state = state_of(model)
-    dcp.load(state, checkpoint_id=folder)
-    model.load_state_dict(state["model"])
-    model.fused_optimizer.load_state_dict(state["optimizer"])
-
-
 def numbers(model: Any) -> dict[str, Any]:
     ((_, handle),) = frequency_modules(model)
     return {name: handle.read(name) for name in handle.tables}
@@ -307,7 +307,7 @@ def check_loaded(model: Any, weights: dict[str, torch.Tensor], file: Path) -> No
 
 def to_1d_and_save(folder: Path) -> None:
     pair = Pair(TABLES, make_plan("table_wise", TABLES, 2), {"half_life": 50}, seed=1)
-    load(pair.model, folder / "2d")
+    restore(pair.model, folder / "2d")
     check_loaded(pair.model, full_weights(pair.model), folder / "2d.pt")
     pair.step()
     dcp.save(state_of(pair.model), checkpoint_id=folder / "1d")
@@ -316,7 +316,7 @@ def to_1d_and_save(folder: Path) -> None:
 
 def to_2d(folder: Path) -> None:
     model = collection_2d("column_wise", {"half_life": 50}, seed=2)
-    load(model, folder / "1d")
+    restore(model, folder / "1d")
     check_loaded(model, weights_of(model), folder / "1d.pt")
     model.sync()  # equal groups stay as they are
     check_loaded(model, weights_of(model), folder / "1d.pt")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import Pair
+from models import Pair, restore, state_of
 from plans import WIDE_TABLES as TABLES
 from plans import make_plan
 from ranks import on_ranks, run_on_ranks
@@ -33,17 +33,6 @@ LAYOUTS: dict[tuple[int, int], list[str]] = {
     (2, 1): ["table_wise", "row_wise", "column_wise", "four columns", "data_parallel", "mixed"],
     (4, 2): ["table_row_wise", "table_column_wise", "grid_shard", "row_wise", "four columns"],
 }
-
-
-def state_of(model: Any) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()}
-
-
-def restore(model: Any, folder: Path) -> None:
-    state = state_of(model)
-    dcp.load(state, checkpoint_id=folder)
-    model.load_state_dict(state["model"])
-    model.fused_optimizer.load_state_dict(state["optimizer"])
 
 
 def check_state(pair: Pair) -> None:
