@@ -32,7 +32,7 @@ from torchrec_freq import load_counts, output, row_counts, save_counts
 from torchrec_freq.counts.stored import open_stored
 
 SEED = 17
-CASES = 500  # of each kind
+cases = pytest.mark.parametrize("cases", [500, pytest.param(2000, marks=pytest.mark.slow)])
 
 
 def damaged(raw: bytes, chance: random.Random) -> bytes:
@@ -61,7 +61,8 @@ def damaged(raw: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_damaged_files_of_counts(tmp_path: Path) -> None:
+@cases
+def test_damaged_files_of_counts(tmp_path: Path, cases: int) -> None:
     chance = random.Random(SEED)
     path = tmp_path / "counts.safetensors"
     counts = {name: torch.randint(0, 1000, (rows,)) for name, rows in (("user", 70), ("日本", 3))}
@@ -69,7 +70,7 @@ def test_damaged_files_of_counts(tmp_path: Path) -> None:
     save_counts(path, counts, squares)
     raw = path.read_bytes()
     refused = 0
-    for case in range(CASES):
+    for case in range(cases):
         path.write_bytes(damaged(raw, chance))
         try:
             loaded, known = load_counts(path)
@@ -79,7 +80,7 @@ def test_damaged_files_of_counts(tmp_path: Path) -> None:
         else:
             assert loaded.keys() == counts.keys() and known == squares, case
             assert all(torch.equal(loaded[name], counts[name]) for name in counts), case
-    assert refused > 0.9 * CASES
+    assert refused > 0.9 * cases
 
 
 @pytest.fixture
@@ -114,16 +115,17 @@ def some_file(folder: Path, chance: random.Random) -> Path:
     return chance.choice(sorted(path for path in folder.iterdir() if path.is_file()))
 
 
+@cases
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore:.*is not a whole checkpoint, passed over")
-def test_damaged_checkpoints(tmp_path: Path) -> None:
+def test_damaged_checkpoints(tmp_path: Path, cases: int) -> None:
     """The one before is taken, or the very state that was saved."""
     chance = random.Random(SEED)
     checkpoints = Checkpoints(tmp_path, settings={"lr": 0.1})
     for step in (1, 2):
         checkpoints.save(step, some_state(step), {"curve": [step, 0.25]})
     passed_over = 0
-    for case in range(CASES):
+    for case in range(cases):
         path = some_file(tmp_path / "step-00000002", chance)
         raw = path.read_bytes()
         path.write_bytes(damaged(raw, chance))
@@ -136,7 +138,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
             assert flat(state) == flat(some_state(found.step)), (case, path)
             assert found.progress == {"curve": [found.step, 0.25]}
         path.write_bytes(raw)
-    assert passed_over > 0.9 * CASES
+    assert passed_over > 0.9 * cases
     # Damage to both.
     for step in (1, 2):
         path = tmp_path / f"step-0000000{step}" / "__0_0.distcp"
@@ -145,8 +147,9 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
         checkpoints.latest()
 
 
+@cases
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_damaged_checkpoints_without_checksums(tmp_path: Path) -> None:
+def test_damaged_checkpoints_without_checksums(tmp_path: Path, cases: int) -> None:
     """As DCP saves them and the report reads them: the errors are ours, the counts possible ones.
 
     Nothing in such a folder shows that a count is another one.
@@ -159,7 +162,7 @@ def test_damaged_checkpoints_without_checksums(tmp_path: Path) -> None:
     state = {key: counts, totals: torch.tensor([2, 0.5, 9, 9], dtype=torch.float64)}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
     refused = 0
-    for case in range(CASES):
+    for case in range(cases):
         path = some_file(folder, chance)
         raw = path.read_bytes()
         path.write_bytes(damaged(raw, chance))
@@ -171,7 +174,7 @@ def test_damaged_checkpoints_without_checksums(tmp_path: Path) -> None:
             assert str(folder) in str(error), case
             refused += 1
         path.write_bytes(raw)
-    assert refused > CASES / 3
+    assert refused > cases / 3
 
 
 # Two ranks train, save checkpoints and a file of counts at each step, and die at a point.
