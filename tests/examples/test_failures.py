@@ -32,7 +32,7 @@ from torchrec_freq import load_counts, output, row_counts, save_counts
 from torchrec_freq.counts.stored import open_stored
 
 SEED = 17
-cases = pytest.mark.parametrize("cases", [500, pytest.param(2000, marks=pytest.mark.slow)])
+CASES = 2000  # of each kind
 
 
 def damaged(raw: bytes, chance: random.Random) -> bytes:
@@ -61,8 +61,7 @@ def damaged(raw: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@cases
-def test_damaged_files_of_counts(tmp_path: Path, cases: int) -> None:
+def test_damaged_files_of_counts(tmp_path: Path) -> None:
     chance = random.Random(SEED)
     path = tmp_path / "counts.safetensors"
     counts = {name: torch.randint(0, 1000, (rows,)) for name, rows in (("user", 70), ("日本", 3))}
@@ -70,7 +69,7 @@ def test_damaged_files_of_counts(tmp_path: Path, cases: int) -> None:
     save_counts(path, counts, squares)
     raw = path.read_bytes()
     refused = 0
-    for case in range(cases):
+    for case in range(CASES):
         path.write_bytes(damaged(raw, chance))
         try:
             loaded, known = load_counts(path)
@@ -80,7 +79,7 @@ def test_damaged_files_of_counts(tmp_path: Path, cases: int) -> None:
         else:
             assert loaded.keys() == counts.keys() and known == squares, case
             assert all(torch.equal(loaded[name], counts[name]) for name in counts), case
-    assert refused > 0.9 * cases
+    assert refused > 0.9 * CASES
 
 
 @pytest.fixture
@@ -115,17 +114,16 @@ def some_file(folder: Path, chance: random.Random) -> Path:
     return chance.choice(sorted(path for path in folder.iterdir() if path.is_file()))
 
 
-@cases
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore:.*is not a whole checkpoint, passed over")
-def test_damaged_checkpoints(tmp_path: Path, cases: int) -> None:
+def test_damaged_checkpoints(tmp_path: Path) -> None:
     """The one before is taken, or the very state that was saved."""
     chance = random.Random(SEED)
     checkpoints = Checkpoints(tmp_path, settings={"lr": 0.1})
     for step in (1, 2):
         checkpoints.save(step, some_state(step), {"curve": [step, 0.25]})
     passed_over = 0
-    for case in range(cases):
+    for case in range(CASES):
         path = some_file(tmp_path / "step-00000002", chance)
         raw = path.read_bytes()
         path.write_bytes(damaged(raw, chance))
@@ -138,7 +136,7 @@ def test_damaged_checkpoints(tmp_path: Path, cases: int) -> None:
             assert flat(state) == flat(some_state(found.step)), (case, path)
             assert found.progress == {"curve": [found.step, 0.25]}
         path.write_bytes(raw)
-    assert passed_over > 0.9 * cases
+    assert passed_over > 0.9 * CASES
     # Damage to both.
     for step in (1, 2):
         path = tmp_path / f"step-0000000{step}" / "__0_0.distcp"
@@ -147,9 +145,8 @@ def test_damaged_checkpoints(tmp_path: Path, cases: int) -> None:
         checkpoints.latest()
 
 
-@cases
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_damaged_checkpoints_without_checksums(tmp_path: Path, cases: int) -> None:
+def test_damaged_checkpoints_without_checksums(tmp_path: Path) -> None:
     """As DCP saves them and the report reads them: the errors are ours, the counts possible ones.
 
     Nothing in such a folder shows that a count is another one.
@@ -162,7 +159,7 @@ def test_damaged_checkpoints_without_checksums(tmp_path: Path, cases: int) -> No
     state = {key: counts, totals: torch.tensor([2, 0.5, 9, 9], dtype=torch.float64)}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
     refused = 0
-    for case in range(cases):
+    for case in range(CASES):
         path = some_file(folder, chance)
         raw = path.read_bytes()
         path.write_bytes(damaged(raw, chance))
@@ -174,7 +171,7 @@ def test_damaged_checkpoints_without_checksums(tmp_path: Path, cases: int) -> No
             assert str(folder) in str(error), case
             refused += 1
         path.write_bytes(raw)
-    assert refused > cases / 3
+    assert refused > CASES / 3
 
 
 # Two ranks train, save checkpoints and a file of counts at each step, and die at a point.

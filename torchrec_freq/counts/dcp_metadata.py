@@ -6,6 +6,7 @@ name the classes of DCP's metadata and torch's types only.
 
 from __future__ import annotations
 
+import io
 import pathlib
 import pickle
 import warnings
@@ -67,12 +68,12 @@ class Reader(FileSystemReader):
             OSError: missing, or cannot be read.
         """
         path = Path(self.path, ".metadata")
-        with path.open("rb") as file:
-            try:
-                found: Metadata = _Unpickler(file).load()
-                _check(found)
-            except Exception as error:  # bytes that are no pickle can fail in any way
-                raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error
+        raw = io.BytesIO(path.read_bytes())
+        try:
+            found: Metadata = _Unpickler(raw).load()
+            _check(found)
+        except Exception as error:  # bytes that are no pickle can fail in any way
+            raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error
         found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return found
 
@@ -88,7 +89,8 @@ class Reader(FileSystemReader):
         return super().read_data(plan, planner)
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in Python: that in C takes as much memory as a number in the pickle says.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
