@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from torchrec_freq import COUNT_CEILING, save_counts
+from torchrec_freq.counts.dcp_metadata import Reader
 from torchrec_freq.counts.row_state import RowShard, RowState
 from torchrec_freq.counts.stored import open_stored
 
@@ -64,6 +65,27 @@ def test_a_counter_above_the_ceiling_is_read_as_the_ceiling(tmp_path: Path) -> N
     counts = torch.tensor([COUNT_CEILING + 7, 3], dtype=torch.int32)
     (table,) = open_stored(save(tmp_path / "checkpoint", {KEY: counts}))
     assert next(table.blocks())[1].tolist() == [COUNT_CEILING, 3]
+
+
+def test_metadata_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a thousand ranks take seconds, and there is a part of each table for each."""
+    parts = RowState(30, [RowShard(i, True, torch.arange(i, i + 10)) for i in (0, 10, 20)])
+    keys = (KEY, KEY.replace(".a", ".b"))
+    folder = save(tmp_path / "checkpoint", dict.fromkeys(keys, parts))
+    reads: list[Path] = []
+    read_bytes = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        reads.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    found = [torch.cat([part for _, part in table.blocks()]) for table in open_stored(folder)]
+    assert [counts.tolist() for counts in found] == [list(range(30))] * 2
+    assert reads == [folder / ".metadata"]
+    reader = Reader(tmp_path / "none")
+    reader.reset(folder)
+    assert reader.read_metadata().state_dict_metadata.keys() == set(keys)
 
 
 def damage(folder: Path, what: str) -> Path:

@@ -7,6 +7,7 @@ name the classes of DCP's metadata and torch's types only.
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import pickle
 import warnings
@@ -60,22 +61,31 @@ _PLAIN: Final[dict[tuple[str, str], Any]] = {
 class Reader(FileSystemReader):
     """DCP's reader of a folder, for tensors in folders from others."""
 
+    _found: Metadata | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Starts anew, perhaps in another folder."""
+        super().reset(checkpoint_id)
+        self._found = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The checked metadata.
+        """The checked metadata, read once: those of many ranks take seconds.
 
         Raises:
             ValueError: damaged, or not DCP's; the message names the file.
             OSError: missing, or cannot be read.
         """
-        path = Path(self.path, ".metadata")
-        raw = io.BytesIO(path.read_bytes())
-        try:
-            found: Metadata = _Unpickler(raw).load()
-            _check(found)
-        except Exception as error:  # bytes that are no pickle can fail in any way
-            raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error
-        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
-        return found
+        if self._found is None:
+            path = Path(self.path, ".metadata")
+            raw = io.BytesIO(path.read_bytes())
+            try:
+                found: Metadata = _Unpickler(raw).load()
+                _check(found)
+            except Exception as error:  # bytes that are no pickle can fail in any way
+                raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error
+            self._found = found
+        self._found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return self._found
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads tensors.
@@ -154,7 +164,8 @@ class Checkpoint:
                 f".metadata. Name the folder that was given to save as checkpoint_id.{below}"
             )
         self.folder = folder
-        self.metadata = Reader(folder).read_metadata()
+        self._reader = Reader(folder)
+        self.metadata = self._reader.read_metadata()
         self.stored = self.metadata.state_dict_metadata
 
     def stems(self, suffix: str) -> list[str]:
@@ -217,7 +228,7 @@ class Checkpoint:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load({key: target}, storage_reader=Reader(self.folder), no_dist=True)
+                dcp.load({key: target}, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
