@@ -15,14 +15,14 @@ def count_occurrences_(counts_R: Tensor, rows_L: Tensor, trained_L: Tensor | Non
     Args:
         counts_R: int32 [rows], at most ``COUNT_CEILING``.
         rows_L: int64 [lookups].
-        trained_L: [lookups], 1 where the lookup is trained, else 0; None where all are.
+        trained_L: int32 [lookups], 1 where it is trained, else 0; None where all are.
 
     Returns:
         ``counts_R``.
     """
     if trained_L is None:
         trained_L = torch.ones_like(rows_L, dtype=torch.int32)
-    return counts_R.scatter_add_(0, rows_L, trained_L.to(torch.int32))
+    return counts_R.scatter_add_(0, rows_L, trained_L)
 
 
 def counted(mode: CountMode, before: Tensor, now: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class CountingTBE:
         if self.frequency.count == "frozen":
             return
         before_L = self.counts.index_select(0, rows_L)
-        count_occurrences_(self.counts, rows_L, missed_L)
+        count_occurrences_(self.counts, rows_L, missed_L.to(torch.int32))
         if self.frequency.count == "batches":  # once a row, and not where it was counted already
             assert loan.after_L is not None
             added_L = (self.counts.index_select(0, rows_L) - before_L).clamp_(max=1)
@@ -200,12 +200,11 @@ class CountingTBE:
             entering_L: float32 [lookups] what each adds to the sum of squares.
             occurrences_L: [lookups] trained occurrences of the row.
         """
-        ends_F = lookups.ends_F
-        if lookups.trained_L is None:
-            occurrences_F = lookups.lengths_F
-        else:
-            occurrences_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, lookups.trained_L)
-        squares_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, entering_L)
+        spans = lookups.spans
+        occurrences_F = spans.lengths_F
+        if lookups.trained_L is not None:
+            occurrences_F = spans.sum(lookups.trained_L)
+        squares_F = spans.sum(entering_L)
         if self.frequency.count == "samples":
             counts_F = occurrences_F
         elif self.frequency.count == "frozen":
@@ -214,11 +213,11 @@ class CountingTBE:
             once_L = 1.0 / occurrences_L.clamp(min=1)
             if lookups.trained_L is not None:
                 once_L *= lookups.trained_L
-            counts_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, once_L)
+            counts_F = spans.sum(once_L)
         touched_F = lookups.touched_F
         if self.layout.split_F is not None:
             # Whether a feature has a gradient in any column, those who add them up will know.
-            occurrences_F = torch.where(self.layout.split_F, lookups.lengths_F, occurrences_F)
+            occurrences_F = torch.where(self.layout.split_F, spans.lengths_F, occurrences_F)
             if self.frequency.count == "samples":
                 counts_F = occurrences_F
             touched_F = occurrences_F if touched_F is None else touched_F

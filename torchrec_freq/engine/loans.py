@@ -37,13 +37,13 @@ def lent(
     rows_L: Tensor,
     feature_L: Tensor,
     before_L: Tensor,
-    unit_F: Tensor | None,
+    per_count_F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is to be lent to the rows of a batch.
 
     Args:
         memory_R: int32 [rows] counts, to which the batch has been added.
-        unit_F: float32 [features] ``unit`` of :func:`torchrec_freq.rule.lent_squares`.
+        per_count_F: float32 [features] of :func:`torchrec_freq.rule.predicted_squares`.
 
     Returns:
         ``after_L``, ``occurrences_L`` and ``lent_L`` of :class:`Loan`.
@@ -51,7 +51,9 @@ def lent(
     now_L = memory_R.index_select(0, rows_L)
     occurrences_L = now_L - before_L
     after_L = counted(config.count, before_L, now_L)
-    unit_L = None if unit_F is None else unit_F.index_select(0, feature_L)
+    unit_L = None
+    if config.normalize is not None:
+        unit_L = (per_count_F / config.own_weight).index_select(0, feature_L)
     return after_L, occurrences_L, lent_squares(config, after_L, unit_L)
 
 

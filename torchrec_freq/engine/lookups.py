@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from torchrec_freq.engine.fused import fused
+
+_WHOLE: Final = 1 << 15
+"""Lookups a feature, on average, up to which it is not worth some launches to part it."""
+_PART: Final = 1 << 12
+"""Lookups of a part, on average, at least."""
 
 
 @dataclass
@@ -29,25 +35,59 @@ class Batch:
     bag_starts_F: Tensor | None = None
 
 
+class Spans:
+    """Where the lookups of each feature lie: one after the other, in parts of about equal length.
+
+    Kernels on GPUs give a block, or a warp, to a part, and few features leave most of them idle.
+
+    Args:
+        ends_F: [features + 1] first lookup of each feature, and their number; contiguous.
+        lookups: their number.
+
+    Attributes:
+        lengths_F: [features] lookups of each feature.
+    """
+
+    def __init__(self, ends_F: Tensor, lookups: int) -> None:
+        self.lengths_F = ends_F.diff()
+        self._lookups, self._ends_P = lookups, ends_F
+        each = lookups // len(self.lengths_F)
+        self._log2_parts = (each // _PART).bit_length() - 1 if each > _WHOLE else 0
+        if self._log2_parts:
+            self._ends_P = fused(_part)(ends_F, self.lengths_F, 1 << self._log2_parts)
+
+    def sum(self, values_L: Tensor) -> Tensor:
+        """[features] sums over the lookups of each, in the type of ``values_L``."""
+        sums_P: Tensor = torch.ops.fbgemm.segment_sum_csr(1, self._ends_P, values_L)
+        if self._log2_parts:
+            sums_P = sums_P.unflatten(0, (len(self.lengths_F), -1)).sum(1, dtype=values_L.dtype)
+        return sums_P
+
+    def feature_L(self) -> Tensor:
+        """[lookups] numbers of the features, ascending."""
+        if not self._log2_parts:
+            return torch.repeat_interleave(self.lengths_F, output_size=self._lookups)
+        part_L = torch.repeat_interleave(self._ends_P.diff(), output_size=self._lookups)
+        return part_L.bitwise_right_shift_(self._log2_parts)
+
+
 @dataclass
 class Lookups:
     """What a batch looks up.
 
     Attributes:
-        ends_F: [features + 1] first lookup of each feature, and their number; contiguous.
-        lengths_F: [features] lookups of each feature.
+        spans: of each feature.
         feature_L: [lookups] ascending.
         rows_L: int64 [lookups] positions among the rows of all tables of the TBE.
-        trained_L: float32 [lookups], 1 where the lookup counts, else 0; None where all do. One does
+        trained_L: int32 [lookups], 1 where the lookup counts, else 0; None where all do. One does
             where its gradient is not 0: a masked loss or padding trains nothing. (A gradient below
             1e-22, whose square is 0 in float32, is taken for 0.) Where a shard does not see all
             columns, those of a feature count together; where none can be seen (VBE), all do.
-        touched_F: float32 [features], not 0 where the feature has a gradient here; None where all
+        touched_F: int32 [features], not 0 where the feature has a gradient here; None where all
             lookups have one.
     """
 
-    ends_F: Tensor
-    lengths_F: Tensor
+    spans: Spans
     feature_L: Tensor
     rows_L: Tensor
     trained_L: Tensor | None
@@ -106,19 +146,19 @@ class Layout:
             ends_F = batch.offsets.as_strided((features + 1,), (bags // features,)).clone()
         else:
             ends_F = batch.offsets.index_select(0, batch.bag_starts_F)
-        lengths_F = ends_F.diff()
-        feature_L = torch.repeat_interleave(lengths_F, output_size=lookups)
+        spans = Spans(ends_F, lookups)
+        feature_L = spans.feature_L()
         rows_L = fused(_rows)(self.first_row_F, feature_L, batch.indices)
-        trained_L, touched_F = self._trained(batch, grad, feature_L, ends_F)
-        return Lookups(ends_F, lengths_F, feature_L, rows_L, trained_L, touched_F)
+        trained_L, touched_F = self._trained(batch, grad, feature_L, spans)
+        return Lookups(spans, feature_L, rows_L, trained_L, touched_F)
 
     def _trained(
-        self, batch: Batch, grad: Tensor | None, feature_L: Tensor, ends_F: Tensor
+        self, batch: Batch, grad: Tensor | None, feature_L: Tensor, spans: Spans
     ) -> tuple[Tensor | None, Tensor | None]:
         """``trained_L`` and ``touched_F`` of :class:`Lookups`."""
         trained_L = None
         if grad is None:
-            trained_L = torch.zeros(len(feature_L), device=feature_L.device)
+            trained_L = torch.zeros_like(feature_L, dtype=torch.int32)
         elif batch.bag_starts_F is not None:
             pass  # which part of the output a bag is, is FBGEMM's secret
         elif not self.pooled:
@@ -128,14 +168,14 @@ class Layout:
             lengths_B = batch.offsets.diff()
             trained_L = torch.repeat_interleave(trained_B, lengths_B, output_size=len(feature_L))
         if batch.weights_L is not None:
-            weighted_L = batch.weights_L.ne(0).to(torch.float32)
+            weighted_L = batch.weights_L.ne(0).to(torch.int32)
             trained_L = weighted_L if trained_L is None else weighted_L * trained_L
         if self.split_F is None or trained_L is None:
             return trained_L, None
-        touched_F = torch.ops.fbgemm.segment_sum_csr(1, ends_F, trained_L)
+        touched_F = spans.sum(trained_L)
         together_F = self.split_F.logical_and(touched_F > 0)
         together_L = together_F.index_select(0, feature_L)
-        return trained_L.logical_or(together_L).to(torch.float32), touched_F
+        return trained_L.logical_or(together_L).to(torch.int32), touched_F
 
     def _all_have_gradient(self, grad: Tensor) -> bool:
         """True if a look at one column a feature shows that every bag has one; for the CPU.
@@ -155,7 +195,7 @@ def has_gradient(grad: Tensor, dims: Sequence[int]) -> Tensor:
         dims: columns of each feature.
 
     Returns:
-        float32 [batch, features].
+        int32 [batch, features].
     """
     parts_B = []
     first = column = 0
@@ -171,13 +211,21 @@ def has_gradient(grad: Tensor, dims: Sequence[int]) -> Tensor:
     return parts_B[0] if len(parts_B) == 1 else torch.cat(parts_B, dim=1)
 
 
+def _part(ends_F: Tensor, lengths_F: Tensor, parts: int) -> Tensor:
+    """int64 [features * parts + 1]: as ``ends_F``, with the lookups of each feature in parts."""
+    first_F, end_1 = ends_F.split([len(lengths_F), 1])
+    part_P = torch.arange(parts, device=ends_F.device)
+    first_FP = first_F.unsqueeze(1) + lengths_F.unsqueeze(1) * part_P // parts
+    return torch.cat([first_FP.flatten(), end_1])
+
+
 def _rows(first_row_F: Tensor, feature_L: Tensor, indices: Tensor) -> Tensor:
     """int64 [lookups] of the ids of each lookup, within its feature's table."""
     return first_row_F.index_select(0, feature_L) + indices
 
 
 def _nonzero_rows(grad: Tensor) -> Tensor:
-    """float32 [...] of [..., columns]: 1 where a column is not 0."""
+    """int32 [...] of [..., columns]: 1 where a column is not 0."""
     # The one reduction that is fast on a CPU, too; NaN and infinity are not 0.
     norm: Tensor = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32)
-    return norm.ne_(0)
+    return norm.ne(0).to(torch.int32)

@@ -110,12 +110,10 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             counts_R, rows_L = self.counts, lookups.rows_L
             before_L = counts_R.index_select(0, rows_L)
             self._loan = loan = Loan(lookups, before_L)
-            unit_F = None
-            if self.frequency.normalize is not None:
-                unit_F = self._of_features(per_count_T / self.frequency.own_weight)
             count_occurrences_(counts_R, rows_L, lookups.trained_L)
             loan.after_L, loan.occurrences_L, loan.lent_L = fused(lent)(
-                self.frequency, counts_R, rows_L, lookups.feature_L, before_L, unit_F
+                *(self.frequency, counts_R, rows_L, lookups.feature_L, before_L),
+                self._of_features(per_count_T),
             )
             # Equal rows write equal values, so the order of the writes does not matter.
             self._momentum.scatter_(0, rows_L, loan.lent_L)
