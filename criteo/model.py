@@ -104,6 +104,8 @@ def read_counts(path: Path, tables: Sequence[EmbeddingBagConfig]) -> CountsFile:
     Raises:
         ValueError, OSError: the file cannot be read, or is of other tables.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file of counts.")
     file = load_counts(path)
     expected = {table.name: table.num_embeddings for table in tables}
     found = {name: len(counts) for name, counts in file.counts.items()}

@@ -2,10 +2,11 @@
 
     torchrun --standalone --nproc-per-node 2 examples/start.py
 
-Run again, it goes on from its checkpoint, on any number of ranks.
+Run again, it goes on from its last checkpoint, on any number of ranks.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,14 +83,14 @@ def state() -> dict[str, Any]:
     }
 
 
-# Go on where the last run ended, whatever its ranks and plan.
-folder = "checkpoint"
-if os.path.exists(folder):
+# Go on where the last run ended, whatever its ranks and plan. One that has .metadata is whole.
+folder = Path("checkpoints")
+if saved_steps := [int(whole.parent.name) for whole in folder.glob("*/.metadata")]:
     dense_optimizer.init_state()  # there must be state to load into
     saved = state()
     # The planner is for ranks without a table, at which torch's default fails.
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
-    dcp.load(saved, checkpoint_id=folder, planner=planner)
+    dcp.load(saved, checkpoint_id=folder / str(max(saved_steps)), planner=planner)
     model.load_state_dict(saved["model"])
     model.fused_optimizer.load_state_dict(saved["optimizer"])
     dense_optimizer.load_state_dict(saved["dense_optimizer"])
@@ -106,7 +107,7 @@ for _ in range(200):
     losses.append(loss.item())
 
 steps += 200
-dcp.save(state(), checkpoint_id=folder)
+dcp.save(state(), checkpoint_id=folder / str(int(steps)))  # a new folder each time
 
 counts = torchrec_freq.row_counts(model)  # all ranks call it, all get whole tables
 if rank == 0:

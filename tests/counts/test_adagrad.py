@@ -409,6 +409,17 @@ UNSUITABLE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_rows_of_too_little_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sums = torch.tensor([96.0, 3.0, 0.6, 0.4, 0.0])  # of 100 lookups: a count each, rounded
+    state = {key("weight"): torch.zeros(5, 4), key("momentum1"): sums}
+    folder, output = save(tmp_path / "old", **state), tmp_path / "counts.safetensors"
+    assert convert(folder, output, "--lookups", "100") == 0
+    assert torchrec_freq.load_counts(output).counts["a"].tolist() == [96, 3, 1, 0, 0]
+    assert "\n1 rows had too little for a count of 1" in capsys.readouterr().out
+    assert convert(folder, output) == 0  # nothing is lost beside the largest counts there are
+    assert "too little" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("case", UNSUITABLE)
 def test_unsuitable_checkpoints_are_refused(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

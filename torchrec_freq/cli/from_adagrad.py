@@ -1,9 +1,10 @@
 """Counts from row-wise Adagrad: a run's sums of squares, from its checkpoint, as a file of counts.
 
 Loaded with torchrec_freq.load_row_counts(model, *torchrec_freq.load_counts(path)), it gives every
-row the rate that row-wise Adagrad gave it. The checkpoint is one of torch.distributed.checkpoint,
-of any sharding plan, with the model's state and its fused optimizer's. Memory holds the counts of
-all tables (4 bytes a row), the sums of one, and twice a shard as a rank saved it.
+row the rate that row-wise Adagrad gave it, but for rounding. The checkpoint is one of
+torch.distributed.checkpoint, of any sharding plan, with the model's state and its fused
+optimizer's. Memory holds the counts of all tables (4 bytes a row), the sums of one, and twice a
+shard as a rank saved it.
 """
 
 from __future__ import annotations
@@ -46,14 +47,18 @@ def run(arguments: argparse.Namespace) -> None:
     lookups = one_each("--lookups", arguments.lookups or [None], "tables", names)
     counts: dict[str, Tensor] = {}
     squares: dict[str, float] = {}
-    rows = sum(table.rows for table in stored)
+    rows, rounded = sum(table.rows for table in stored), 0
     with progress(rows, "rows") as bar:
         for table in stored:
             bar.set_description(visible(table.name))
-            found = counts_of_sums(table.read(), lookups[table.name])
+            sums_R = table.read()
+            found = counts_of_sums(sums_R, lookups[table.name])
             counts[table.name], squares[table.name] = found
+            rounded += int(((sums_R > 0) & (found[0] == 0)).sum())
             bar.update(table.rows)
     save_counts(output, counts, squares)
     print(f"{visible(str(output))}: {len(counts)} tables, {rows:,} rows")
+    if rounded:
+        print(f"{rounded:,} rows had too little for a count of 1: they have 0, as if never seen.")
     if others := tables_without_sums(arguments.checkpoint):
         print(f"Not in it, as the checkpoint has no sums of them: {visible(', '.join(others))}")

@@ -13,13 +13,14 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tqdm import tqdm
 
 from torchrec_freq.analysis.traffic import TableTraffic
-from torchrec_freq.cli.arguments import whole_number
+from torchrec_freq.cli.arguments import number_below, whole_number
 from torchrec_freq.cli.terminal import VisibleFormatter, as_json
 from torchrec_freq.counts.files import load_counts
 from torchrec_freq.output import check_output, write_text
@@ -43,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, whole, names = parser.add_argument, whole_number, list(OPTIMIZERS)
     add("spec", type=Path, help="a .toml file, criteo-1tb or dlrm-dcnv2")
     add("--counts", type=Path, metavar="FILE", help=counts_help)
-    add("--ranks", type=whole, help=ranks_help)
-    add("--hbm-gb", type=float, help="HBM of a GPU, GB of 2^30 bytes")
+    add("--ranks", type=partial(whole, most=MOST_RANKS), help=ranks_help)
+    add("--hbm-gb", type=number_below, help="HBM of a GPU, GB of 2^30 bytes")
     add("--batch-size", type=whole, metavar="SAMPLES", help="samples of a rank")
     add("--optimizer", nargs="+", choices=names, default=names, help="to plan (default: all)")
     add("--timeout", type=whole, metavar="SECONDS", help=timeout_help)
@@ -120,6 +121,10 @@ def table(spec: Spec, results: Sequence[Result]) -> str:
         factors = sorted(f"{factor:.2f}" for factor in r.load_factors.values())
         cached = " to ".join(dict.fromkeys(factors[:1] + factors[-1:]))
         cells = [r.optimizer, r.fits, *map(number, (r.tables_gb, r.hbm_gb, r.ddr_gb, r.step_ms))]
-        cells += [f"{cached} ({len(factors)} tables)", number(r.imbalance, 2), number(r.seconds)]
+        cells += [
+            f"{cached} ({len(factors)} tables)" if factors else "",
+            number(r.imbalance, 2),
+            number(r.seconds),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
