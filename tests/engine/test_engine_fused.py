@@ -14,7 +14,7 @@ from torch._inductor import metrics
 from torch._inductor.graph import GraphLowering
 
 from torchrec_freq import FrequencyConfig
-from torchrec_freq.engine import fused
+from torchrec_freq.engine import fused, lookups
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -33,8 +33,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("parted", [False, True])
 @pytest.mark.parametrize("rule", CONFIGS)
-def test_trains_as_without(rule: str, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trains_as_without(
+    rule: str, parted: bool, compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parted:  # as the lookups of large batches are
+        monkeypatch.setattr(lookups, "_WHOLE", 1)
+        monkeypatch.setattr(lookups, "_PART", 2)
     config = FrequencyConfig(**CONFIGS[rule])
     compiled_, plain = make(config), make(config)
     before = metrics.generated_kernel_count
