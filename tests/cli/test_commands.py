@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,14 @@ def program(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children are, also where this process was started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # Stands still in its work, or while it writes.
 WAITING = """
 import os, sys, time
@@ -180,6 +188,7 @@ sys.exit(__main__._main())
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["work", "write"])
 def test_interrupted(tmp_path: Path, where: str) -> None:
     command = outputs(tmp_path)["report"]
@@ -214,6 +223,7 @@ sys.meta_path.insert(0, Finder)
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_while_it_starts(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
     root = Path(__file__).parents[2]
