@@ -106,7 +106,9 @@ def _day(stem: Path) -> Day:
 def _file(path: Path, kind: str) -> File:
     try:
         values = np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy has Python parse the header
         raise ValueError(f"{path} is not an npy file, or truncated: {error}.") from error
     if values.dtype.name not in DTYPES[kind] or not values.dtype.isnative:
         raise ValueError(f"{path} holds {values.dtype}; expected {' or '.join(DTYPES[kind])}.")

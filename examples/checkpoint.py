@@ -85,6 +85,7 @@ class Checkpoints:
         self.folder = folder
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.keep = keep
+        self._damaged: set[Path] = set()  # what `latest` has found so
 
     def save(self, step: int, state: dict[str, Any], progress: Any = None) -> None:
         """Writes a checkpoint, then deletes all but the last `keep`. All ranks must call it.
@@ -107,7 +108,7 @@ class Checkpoints:
         with agreed():
             if first:
                 for leftover in self._paths(_WRITING) + self._paths(_DELETING):
-                    _delete(leftover)
+                    self._try_delete(leftover)
                 temporary.mkdir(parents=True)
         writer = FileSystemWriter(temporary)
         written = writer.fs = _Files()
@@ -122,6 +123,7 @@ class Checkpoints:
                     if final.exists():  # damaged, or the run would have resumed from it
                         _delete(final)
                     temporary.rename(final)  # atomic: from here on this step has a checkpoint
+                    self._damaged.discard(final)
                     sync(self.folder)
                     self._prune(step)
         except NotSaved:
@@ -157,6 +159,7 @@ class Checkpoints:
             if fault is None:
                 return checkpoint
             _pass_over(checkpoint.path, fault)
+            self._damaged.add(checkpoint.path)
             faults.append(f"{checkpoint.path}: {fault}")
         if faults:
             raise NoCheckpoint(
@@ -195,14 +198,18 @@ class Checkpoints:
 
     def _prune(self, step: int) -> None:
         """Deletes the checkpoints up to this step, and their remains, but the last `keep`."""
-        whole = [checkpoint for checkpoint in self._whole()[0] if checkpoint.step <= step]
-        kept = {checkpoint.path for checkpoint in whole[-self.keep :]}
+        whole = [found.path for found in self._whole()[0] if found.step <= step]
+        kept = [path for path in whole if path not in self._damaged][-self.keep :]
         for path in self._paths():
             if path not in kept and _step(path) <= step:
-                try:
-                    _delete(path)
-                except OSError as error:  # the new one is saved all the same
-                    warnings.warn(f"{path} cannot be deleted: {error}", stacklevel=2)
+                self._try_delete(path)
+
+    def _try_delete(self, path: Path) -> None:
+        """Deletes a folder, or says why not: a checkpoint can be saved beside it all the same."""
+        try:
+            _delete(path)
+        except OSError as error:
+            warnings.warn(f"{path} cannot be deleted: {error}", stacklevel=3)
 
 
 def read(path: Path) -> Checkpoint:

@@ -51,7 +51,7 @@ def test_names_are_printed_visibly(tmp_path: Path, capsys: pytest.CaptureFixture
     counts, checkpoint = tmp_path / "counts", tmp_path / "checkpoint"
     save_counts(counts, {HOSTILE: torch.tensor([1, 2, 3])})
     key = f"optim.state.embeddings.{HOSTILE}.weight.{HOSTILE}.row_counter"
-    dcp.save({key: torch.arange(3)}, checkpoint_id=checkpoint, no_dist=True)
+    dcp.save({key: torch.arange(3, dtype=torch.int32)}, checkpoint_id=checkpoint, no_dist=True)
     bad = tmp_path / "bad"
     save_counts(bad, {HOSTILE: torch.tensor([1, 2, 3])})
     bad.write_bytes(bad.read_bytes()[:-4] + b"\1\2\3\4")

@@ -88,6 +88,16 @@ def test_counts_saturate() -> None:
     assert tally.counts()["a"].tolist() == [COUNT_CEILING - 5, COUNT_CEILING, COUNT_CEILING - 2]
 
 
+def test_counts_saturate_before_int32_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ids_module, "_CHUNK_IDS", 1 << 20)
+    tally = ids_module.Tally({"a": 1}, modulo=False)
+    tally._counts["a"].fill_(COUNT_CEILING)
+    tally._added = COUNT_CEILING - (1 << 20)  # as after as many ids of other rows
+    tally._counts["a"] += tally._added
+    tally.add("a", np.zeros(1 << 20, np.int32), "here")
+    assert tally.counts()["a"].tolist() == [COUNT_CEILING]
+
+
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "uint64"])
 def test_ids_out_of_range(dtype: str) -> None:
     large = 2**31 - 1
@@ -199,6 +209,21 @@ def test_a_folder_of_days(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "26 tables, 157 samples, 4,082 ids" in capsys.readouterr().out
 
 
+def test_a_folder_of_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, elsewhere = tmp_path / "data [1]", tmp_path / "elsewhere"
+    for folder in (data, elsewhere):
+        folder.mkdir()
+    np.save(data / "day_0_sparse.npy", criteo(3))
+    np.save(elsewhere / "day_1_sparse.npy", criteo(5))
+    (data / "more").symlink_to(elsewhere)
+    output = tmp_path / "counts.safetensors"
+    assert run(data, "--rows", ROWS, "-o", output) == 0
+    assert "8 samples" in capsys.readouterr().out
+    (data / "itself").symlink_to(data)
+    assert run(data, "--rows", ROWS, "-o", output) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
 def test_columns_tables_and_rows(tmp_path: Path) -> None:
     data = criteo(200)
     np.save(tmp_path / "x.npy", data)
@@ -302,19 +327,20 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) ->
         assert arrays[column].tolist() == brute_force(ids, ROWS), column
 
 
-def test_parquet_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a", "a.b"])
+def test_parquet_memory(tmp_path: Path, name: str) -> None:
     # One row group of 40 MB in one column, and lists of 100 ids: 40 MB in the other.
     ids = np.random.default_rng(0).integers(0, 1000, 5_000_000)
     lists = pa.ListArray.from_arrays(np.arange(0, 5_000_001, 100), ids)
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"a": ids}), path, row_group_size=len(ids), use_dictionary=False)
+    pq.write_table(pa.table({name: ids}), path, row_group_size=len(ids), use_dictionary=False)
     path_of_lists = tmp_path / "lists.parquet"
-    pq.write_table(pa.table({"a": lists}), path_of_lists, use_dictionary=False)
+    pq.write_table(pa.table({name: lists}), path_of_lists, use_dictionary=False)
     for data in (path, path_of_lists):
         (file,) = [data_files.open_file(data)]
         base, most, total = pa.total_allocated_bytes(), 0, np.zeros(1000, int)
-        for block in file.blocks(["a"]):
-            total += np.bincount(block.ids["a"], minlength=1000)
+        for block in file.blocks([name]):
+            total += np.bincount(block.ids[name], minlength=1000)
             most = max(most, pa.total_allocated_bytes() - base)
         assert np.array_equal(total, np.bincount(ids, minlength=1000))
         assert most < 64 * data_files.BLOCK_IDS // 2, most
@@ -326,6 +352,21 @@ def test_parquet_memory(tmp_path: Path) -> None:
 def truncated(path: Path, keep: float) -> None:
     raw = path.read_bytes()
     path.write_bytes(raw[: int(len(raw) * keep)])
+
+
+def test_damaged_npy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = tmp_path / "0.npy", tmp_path / "counts.safetensors"
+    np.save(path, criteo(10))
+    raw = path.read_bytes()
+    path.write_bytes(raw * 2)
+    assert run(path, "-o", output, "--rows", ROWS) == 2
+    assert f"{path}: too long: 10 samples take less" in capsys.readouterr().err
+    for position in range(8, raw.index(b"\n")):  # of the header, which NumPy has Python parse
+        for value in (0, ord("6"), ord("("), ord("'")):
+            path.write_bytes(raw[:position] + bytes([value]) + raw[position + 1 :])
+            status = run(path, "-o", output, "--rows", ROWS)
+            error = capsys.readouterr().err
+            assert status == 2 and str(path) in error or (status, error) == (0, "")
 
 
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])

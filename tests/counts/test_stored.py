@@ -69,7 +69,9 @@ def test_a_counter_above_the_ceiling_is_read_as_the_ceiling(tmp_path: Path) -> N
 
 def test_metadata_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a thousand ranks take seconds, and there is a part of each table for each."""
-    parts = RowState(30, [RowShard(i, True, torch.arange(i, i + 10)) for i in (0, 10, 20)])
+    parts = RowState(
+        30, [RowShard(i, True, torch.arange(i, i + 10, dtype=torch.int32)) for i in (0, 10, 20)]
+    )
     keys = (KEY, KEY.replace(".a", ".b"))
     folder = save(tmp_path / "checkpoint", dict.fromkeys(keys, parts))
     reads: list[Path] = []
@@ -106,6 +108,8 @@ def damage(folder: Path, what: str) -> Path:
         return save(path, {"model": {"a": torch.ones(3)}})
     if what == "wrong type":
         return save(path, {KEY: torch.ones(3)})
+    if what == "wide":  # would not fit into what is read into
+        return save(path, {KEY: counts.long() + 2**32})
     if what == "negative in checkpoint":
         return save(path, {KEY: counts - 5})
     if what == "rows missing":
@@ -157,7 +161,13 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path, where: str) -> None:
     folder, sign = tmp_path / "checkpoint", tmp_path / "sign"
     attack: Any = Attack(sign)
     totals = KEY.replace("row_counter", "table_totals")
-    save(folder, {KEY: torch.arange(3), totals: attack if where == "tensor" else torch.ones(4)})
+    save(
+        folder,
+        {
+            KEY: torch.arange(3, dtype=torch.int32),
+            totals: attack if where == "tensor" else torch.ones(4),
+        },
+    )
     if where == "whole":
         (folder / ".metadata").write_bytes(pickle.dumps(attack))
     elif where == "state_dict_metadata":
@@ -190,15 +200,21 @@ def test_metadata_that_promise_too_much(tmp_path: Path) -> None:
         stored = metadata.state_dict_metadata[KEY]
         stored.size = stored.chunks[0].sizes = torch.Size([rows])
 
-    change_metadata(save(folder, {KEY: torch.arange(3)}), grow)
+    change_metadata(save(folder, {KEY: torch.arange(3, dtype=torch.int32)}), grow)
     with pytest.raises(ValueError, match=f"no place for {rows} rows"):
         read(folder)
 
 
-def test_metadata_that_ask_for_memory(tmp_path: Path) -> None:
-    """A pickle may name the place of a value in a list that grows to hold it: here 2 GB."""
-    folder = save(tmp_path / "checkpoint", {KEY: torch.arange(3)})
-    (folder / ".metadata").write_bytes(b"\x80\x04K\x01r" + (1 << 27).to_bytes(4, "little") + b".")
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x04K\x01r" + (1 << 27).to_bytes(4, "little"),  # a place in a list of values: 2 GB
+        b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little"),  # bytes that would follow
+    ],
+)
+def test_metadata_that_ask_for_memory(tmp_path: Path, pickled: bytes) -> None:
+    folder = save(tmp_path / "checkpoint", {KEY: torch.arange(3, dtype=torch.int32)})
+    (folder / ".metadata").write_bytes(pickled + b".")
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="is damaged"):
@@ -211,7 +227,10 @@ def test_metadata_that_ask_for_memory(tmp_path: Path) -> None:
 
 def test_tables_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     names = ["cat_10", "cat_9", "a"]
-    path = save(tmp_path / "input", {f"{name}.row_counter": torch.arange(3) for name in names})
+    path = save(
+        tmp_path / "input",
+        {f"{name}.row_counter": torch.arange(3, dtype=torch.int32) for name in names},
+    )
     assert [table.name for table in open_stored(path)] == ["a", "cat_9", "cat_10"]
 
 
@@ -227,6 +246,7 @@ def test_tables_come_in_the_order_of_their_names(tmp_path: Path) -> None:
         ("killed save", r"not a whole checkpoint.*no \.metadata"),
         ("no counters", r"without row counters.*model\.fused_optimizer\.state_dict"),
         ("wrong type", "no tensor of counts"),
+        ("wide", "no tensor of counts"),
         ("negative in checkpoint", "counts must lie in 0 to .* got -5"),
         ("rows missing", "lacks rows from 600 of 1000"),
         ("truncated data", "is truncated.*cannot be read.*Copy it again"),

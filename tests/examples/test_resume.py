@@ -240,6 +240,40 @@ def test_keeps_the_last_ones(tmp_path: Path) -> None:
     assert state["weights"].tolist() == [11] * 3
 
 
+@pytest.mark.filterwarnings("ignore:.*is not a whole checkpoint, passed over")
+@on_ranks(2)
+def test_what_is_known_to_be_damaged_is_not_counted(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1, 2], keep=2)
+    if dist.get_rank() == 0:
+        change(tmp_path / "step-00000002" / "__0_0.distcp", 0.5)
+    dist.barrier()
+    latest = checkpoints.latest()
+    assert latest is not None and latest.step == 1
+    checkpoints.save(3, {"weights": torch.full((3,), 3)})
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000003"}
+    dist.barrier()
+    checkpoints.save(2, {"weights": torch.full((3,), 2)})  # a new one, in its place
+    checkpoints.save(4, {"weights": torch.full((3,), 4)})
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000003", "step-00000004"}
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be deleted")
+@on_ranks(2)
+def test_what_cannot_be_deleted_stops_nothing(tmp_path: Path) -> None:
+    rmtree = shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if Path(path).name == "deleting-step-00000001":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        saved(tmp_path, [1, 2, 3, 4], keep=1)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"deleting-step-00000001", "step-00000004"}
+
+
 @on_ranks(1)
 def test_nothing_to_keep(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "new", settings={}).latest() is None

@@ -8,7 +8,7 @@ Subscripts: ``_R`` rows, ``_B`` bins of rows with about equal counts, ``_K`` blo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -304,6 +304,21 @@ class TableTraffic:
     rows_B: NDArray[np.float64]
     lookups_B: NDArray[np.float64]
     lookups_K: NDArray[np.float64]
+
+    @classmethod
+    def of_blocks(
+        cls, blocks: Iterable[tuple[int, Tensor]], rows: int, *, table: str = ""
+    ) -> TableTraffic:
+        """The traffic of a table that is read block by block.
+
+        Args:
+            blocks: the number of the first row of each, and its counts [rows of the block].
+            rows, table: as of :meth:`of`.
+        """
+        traffic = cls.of(torch.empty(0, dtype=torch.int32), 0, rows)
+        for first, counts_R in blocks:
+            traffic += cls.of(counts_R, first, rows, table=table)
+        return traffic
 
     @classmethod
     def of(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from torchrec_freq.analysis.traffic import TableTraffic
 from torchrec_freq.cli.arguments import number_below, whole_number
 from torchrec_freq.cli.terminal import VisibleFormatter, as_json
-from torchrec_freq.counts.files import load_counts
+from torchrec_freq.counts.stored import open_stored
 from torchrec_freq.output import check_output, write_text
 from torchrec_freq.planner.search import OPTIMIZERS, Result, plan
 from torchrec_freq.planner.spec import MOST_RANKS, Spec, read_spec
@@ -33,8 +33,8 @@ HELP: Final = "plan tables on a cluster, with FrequencySGD beside other optimize
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what :func:`run` takes."""
     counts_help = (
-        "file of counts with the spec's table names: hot shards cost more, caches are sized by "
-        "table (default: all rows equal)"
+        "counts or checkpoint with the spec's table names: hot shards cost more, caches are sized "
+        "by table (default: all rows equal)"
     )
     timeout_help = (
         "take the best plan of this long a search; on 1024 ranks it takes minutes (default: search "
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks_help = f"GPUs, up to {MOST_RANKS} (default: the spec's)"
     add, whole, names = parser.add_argument, whole_number, list(OPTIMIZERS)
     add("spec", type=Path, help="a .toml file, criteo-1tb or dlrm-dcnv2")
-    add("--counts", type=Path, metavar="FILE", help=counts_help)
+    add("--counts", type=Path, metavar="PATH", help=counts_help)
     add("--ranks", type=partial(whole, most=MOST_RANKS), help=ranks_help)
     add("--hbm-gb", type=number_below, help="HBM of a GPU, GB of 2^30 bytes")
     add("--batch-size", type=whole, metavar="SAMPLES", help="samples of a rank")
@@ -92,14 +92,14 @@ def _reports() -> Iterator[None]:
 
 def _read_counts(path: Path, spec: Spec) -> dict[str, TableTraffic]:
     rows = {table.name: table.rows for table in spec.tables}
-    counts = load_counts(path).counts
-    for name, counts_R in counts.items():
-        if rows.get(name) != counts_R.numel():
+    stored = open_stored(path)
+    for table in stored:
+        if rows.get(table.name) != table.rows:
             raise ValueError(
-                f"{path}: table {name!r} of {counts_R.numel()} rows is not in the spec, which has "
-                + ", ".join(f"{table} ({n} rows)" for table, n in rows.items())
+                f"{path}: table {table.name!r} of {table.rows} rows is not in the spec, which has "
+                + ", ".join(f"{name} ({n} rows)" for name, n in rows.items())
             )
-    return {name: TableTraffic.of(counts_R, table=name) for name, counts_R in counts.items()}
+    return {t.name: TableTraffic.of_blocks(t.blocks(), t.rows, table=t.name) for t in stored}
 
 
 def table(spec: Spec, results: Sequence[Result]) -> str:

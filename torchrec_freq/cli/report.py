@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from torchrec_freq.analysis.report import Settings, TableReport, describe
 from torchrec_freq.analysis.traffic import BLOCKS, TableTraffic
 from torchrec_freq.cli.arguments import number_below, whole_numbers
 from torchrec_freq.cli.report_tables import markdown, text_tables
 from torchrec_freq.cli.terminal import as_json, progress, visible
 from torchrec_freq.config import DEFAULT_OWN_WEIGHT, FrequencyConfig
-from torchrec_freq.counts.stored import open_stored
+from torchrec_freq.counts.stored import Blocks, open_stored
 from torchrec_freq.output import check_folder, check_output, write_text
 
 HELP: Final = "show what counts say: skew, learning rates, caches, balance of shards"
@@ -75,10 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     with progress(sum(table.rows for _, table in stored), "rows") as bar:
         for source, table in stored:
             bar.set_description(visible(table.name))
-            traffic = TableTraffic.of(torch.empty(0, dtype=torch.int32), 0, table.rows)
-            for first, counts_R in table.blocks():
-                traffic += TableTraffic.of(counts_R, first, table.rows, table=table.name)
-                bar.update(len(counts_R))
+            blocks = _shown(table.blocks(), bar)
+            traffic = TableTraffic.of_blocks(blocks, table.rows, table=table.name)
             histogram = traffic.histogram
             table = table.counted(histogram.lookups, histogram.rows_seen)
             reports.append(describe(table, traffic, source, settings))
@@ -91,6 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{visible(str(output))}: report.html and {len(plots)} plots")
     if arguments.json is not None:
         write_text(arguments.json, as_json(reports) + "\n")
+
+
+def _shown(blocks: Blocks, bar: Any) -> Blocks:
+    for first, counts_R in blocks:
+        yield first, counts_R
+        bar.update(len(counts_R))
 
 
 def _page() -> Any:

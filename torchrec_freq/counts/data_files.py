@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -45,12 +47,14 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder.")
+        # Unlike Path.rglob it looks into folders that are links.
+        search = functools.partial(glob.glob, root_dir=path, recursive=True)
         inside = [
-            file
-            for file in sorted([*path.rglob("*_sparse.npy"), *path.rglob("*.parquet")])
+            path / name
+            for name in sorted([*search("**/*_sparse.npy"), *search("**/*.parquet")])
             # Other tools' unfinished and auxiliary files.
-            if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-            and file.is_file()
+            if not any(part.startswith((".", "_")) for part in Path(name).parts)
+            and (path / name).is_file()
         ]
         if path.is_dir() and not inside:
             raise ValueError(f"{path}: no *_sparse.npy or *.parquet file in this folder.")
@@ -86,10 +90,14 @@ def _open_npy(path: Path) -> DataFile:
     def mapped() -> NDArray[Any]:
         try:
             return np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, OverflowError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy has Python parse the header
             raise ValueError(f"{path}: truncated, or not an npy file: {error}") from error
 
     data = mapped()
+    if isinstance(data, np.memmap) and path.stat().st_size > data.offset + data.nbytes:
+        raise ValueError(f"{path}: too long: {len(data):,} samples take less.")
     if data.ndim != 2 or data.shape[1] != len(CRITEO_COLUMNS) or data.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: must hold whole numbers of shape [samples, {len(CRITEO_COLUMNS)}]; got "
@@ -165,6 +173,7 @@ def _block_samples(metadata: Any, columns: Sequence[str]) -> int:
     """Samples of a Parquet file with about ``BLOCK_IDS`` ids."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     chunks = (group.column(index) for group in groups for index in range(group.num_columns))
-    ids = sum(c.num_values for c in chunks if c.path_in_schema.split(".")[0] in columns)
+    prefixes = tuple(f"{column}." for column in columns)  # lists are columns within columns
+    ids = sum(c.num_values for c in chunks if f"{c.path_in_schema}.".startswith(prefixes))
     samples: int = BLOCK_IDS * metadata.num_rows // max(ids, 1)
     return max(samples, 1)

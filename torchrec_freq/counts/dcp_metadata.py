@@ -99,8 +99,11 @@ class Reader(FileSystemReader):
         return super().read_data(plan, planner)
 
 
-# The one in Python: that in C takes as much memory as a number in the pickle says.
 class _Unpickler(pickle._Unpickler):
+    # The one in Python, without this: the rest takes as much memory as a number in the pickle says.
+    dispatch = pickle._Unpickler.dispatch.copy()
+    del dispatch[pickle.BYTEARRAY8[0]]
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]

@@ -80,10 +80,10 @@ class Tally:
         for start in range(0, ids_L.size, _CHUNK_IDS):
             rows_L = self._rows(table, ids_L[start : start + _CHUNK_IDS], where)
             ones_L = torch.ones(len(rows_L), dtype=torch.int32)
+            if self._added + len(rows_L) >= COUNT_CEILING:  # before int32 ends
+                self._clamp()
             self._counts[table].scatter_add_(0, torch.from_numpy(rows_L), ones_L)
             self._added += len(rows_L)
-            if self._added >= COUNT_CEILING:  # before int32 ends
-                self._clamp()
         self.ids += ids_L.size
 
     def counts(self) -> dict[str, Tensor]:

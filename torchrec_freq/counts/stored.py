@@ -99,9 +99,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Iterator[StoredTable]:
         )
     for stem, name in zip(stems, table_names(stems), strict=True):
         key, key_of_totals = f"{stem}.{ROW_COUNTER}", f"{stem}.{TABLE_TOTALS}"
-        parts = checkpoint.parts(
-            key, (torch.int32, torch.int64), "is no tensor of counts [num_embeddings]"
-        )
+        parts = checkpoint.parts(key, (torch.int32,), "is no tensor of counts [num_embeddings]")
         totals = torch.zeros(TOTALS, dtype=torch.float64)
         if key_of_totals in checkpoint.stored:  # not in a checkpoint of version 0.1
             checkpoint.load(key_of_totals, totals)
