@@ -136,3 +136,29 @@ def test_counts_are_never_seen_as_floats() -> None:
         assert tbe.counts.dtype == torch.int32
         for x, y in zip(counts(tbe), kept, strict=True):
             assert torch.equal(x, y)
+
+
+def test_two_threads_at_once_are_refused() -> None:
+    """Their kernels would add floats to the other's counts."""
+    tbe, alone = make(), make()
+    errors: list[BaseException] = []
+
+    def train_too() -> None:
+        try:
+            train(tbe, range(5, 6))
+        except RuntimeError as error:
+            errors.append(error)
+
+    output = tbe(*batch(0))
+
+    def interfere(grads: Any) -> None:  # after the loan, before the kernel
+        other = threading.Thread(target=train_too)
+        other.start()
+        other.join()
+
+    assert output.grad_fn is not None
+    output.grad_fn.register_prehook(interfere)
+    loss(output).backward()
+    assert len(errors) == 1 and "Train them in one thread" in str(errors[0])
+    train(alone, range(1))
+    same(tbe, alone)

@@ -25,14 +25,22 @@ class RowShard:
     Attributes:
         row_offset: the first of them.
         primary: whether this rank saves them; of replicas, one does.
-        tensor: [rows of the shard], the memory itself: loading writes to it.
+        tensor: [rows of the shard], the memory itself.
         copy: copies it, also while a backward has lent the memory; None: it is never lent.
+        claim: ends a loan that a failed backward has left, before the memory is written.
     """
 
     row_offset: int
     primary: bool
     tensor: Tensor
     copy: Callable[[], Tensor] | None = None
+    claim: Callable[[], object] | None = None
+
+    def writable(self) -> Tensor:
+        """The memory, for loading."""
+        if self.claim is not None:
+            self.claim()
+        return self.tensor
 
     def read(self) -> Tensor:
         """What the tensor holds between steps."""
@@ -132,9 +140,9 @@ class RowState(torch.Tensor):
         if index.index is not None and index.index < len(filled):
             shard = filled[index.index]
             if index.offset is None or shard.row_offset == index.offset[0]:
-                return shard.tensor
+                return shard.writable()
         assert index.offset is not None
-        return next(s.tensor for s in filled if s.row_offset == index.offset[0])
+        return next(s.writable() for s in filled if s.row_offset == index.offset[0])
 
     def _layout(self) -> list[tuple[int, int]]:
         return [(shard.row_offset, shard.tensor.numel()) for shard in self.shards]
@@ -169,10 +177,10 @@ def _copy(target: RowState, source: Tensor) -> RowState:
             )
         for shard, other in zip(target.shards, source.shards, strict=True):
             if shard.tensor.data_ptr() != other.tensor.data_ptr():
-                shard.tensor.copy_(other.read())
+                shard.writable().copy_(other.read())
     else:
         for shard in target.shards:
-            shard.tensor.copy_(source.narrow(0, shard.row_offset, shard.tensor.numel()))
+            shard.writable().copy_(source.narrow(0, shard.row_offset, shard.tensor.numel()))
     return target
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -104,6 +104,10 @@ class CountingTBE:
         self._aged = [member.position for member in tables if member.first]
         self._partial: list[Loan] = []
         totals.listen(self._on_step)
+
+    def memory_of(self, table: int) -> Tensor:
+        """int32 [rows] view of the counts of a table, which a backward may have lent."""
+        return self._table(self.counts, table)
 
     def counts_of(self, table: int) -> Tensor:
         """int32 [rows] view of the counts of a table, which may be written until the next step."""
@@ -225,6 +229,12 @@ class CountingTBE:
             counts_F = counts_F * self._primary_F
             occurrences_F = occurrences_F * self._primary_F
         self.totals.add(self._slot_F, squares_F, counts_F, occurrences_F, touched_F)
+
+
+def only_lr_and_eps(params: Mapping[str, float]) -> None:
+    """Refuses hyperparameters that FBGEMM can change and the rule does not have."""
+    if foreign := params.keys() - {"lr", "eps"}:
+        raise ValueError(f"FrequencySGD has no {', '.join(sorted(foreign))}: only lr and eps.")
 
 
 def mean_pooling_weights(offsets: Tensor, weights_L: Tensor) -> Tensor:

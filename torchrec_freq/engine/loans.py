@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Loan:
         after_L: int32 [lookups] the counts once the step is done.
         occurrences_L: int32 [lookups] trained occurrences of the row in the batch.
         lent_L: float32 [lookups]; None until it is.
+        thread: whose backward it is.
     """
 
     lookups: Lookups
@@ -29,6 +31,7 @@ class Loan:
     after_L: Tensor | None = None
     occurrences_L: Tensor | None = None
     lent_L: Tensor | None = None
+    thread: int = field(default_factory=threading.get_ident)
 
 
 def lent(

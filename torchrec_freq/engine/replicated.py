@@ -10,6 +10,7 @@ The update costs a pass over the table's rows, as the averaging of the dense gra
 
 # No postponed annotations: DDP compares those of its communication hook with the types themselves.
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import added, count_occurrences_, counted
-from torchrec_freq.engine.counting import CountingTBE
+from torchrec_freq.engine.counting import CountingTBE, only_lr_and_eps
 from torchrec_freq.engine.lookups import Batch
+from torchrec_freq.engine.turn import used_here
 from torchrec_freq.rule import entering_squares, row_multiplier
 
 
@@ -74,6 +76,17 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
         """Learning rate of the next step, as FBGEMM's fused TBE gives its own."""
         return self.learning_rate
 
+    def update_hyper_parameters(self, params_dict: dict[str, float]) -> None:
+        """As FBGEMM's fused TBE has it, for lr and eps.
+
+        Raises:
+            ValueError: another parameter, which the rule would ignore.
+        """
+        only_lr_and_eps(params_dict)
+        self.learning_rate = params_dict.get("lr", self.learning_rate)
+        eps = params_dict.get("eps", self.frequency.eps)
+        self.frequency = dataclasses.replace(self.frequency, eps=eps)
+
     def _generate_vbe_metadata(self, *args: object, **kwargs: object) -> object:
         # The stock forward keeps it no longer than it needs it.
         metadata = super()._generate_vbe_metadata(*args, **kwargs)
@@ -107,7 +120,7 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
         for part_R, work in backwards:
             if work is not None:
                 work.wait()
-            occurrences_R += part_R
+            occurrences_R += used_here(part_R)  # DDP calls this on a stream of its own
         with self._turn:
             self._apply_all(gradient, occurrences_R)
             for _ in backwards:

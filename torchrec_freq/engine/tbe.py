@@ -16,6 +16,7 @@ of before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.engine.counters import count_occurrences_
-from torchrec_freq.engine.counting import CountingTBE
+from torchrec_freq.engine.counting import CountingTBE, only_lr_and_eps
 from torchrec_freq.engine.fused import fused
 from torchrec_freq.engine.loans import Loan, entering, lent
 from torchrec_freq.engine.lookups import Batch
@@ -104,6 +105,11 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
     def _lend(self, batch: Batch, grad: Tensor | None) -> None:
         """Counts a batch, and writes what the rule predicts where the kernel reads."""
         with self._turn:
+            if self._loan is not None and self._loan.thread != threading.get_ident():
+                raise RuntimeError(
+                    "A backward of these tables is under way in another thread, or has failed "
+                    "there: their memory is lent to one at a time. Train them in one thread."
+                )
             self._close_loan()
             per_count_T, _ = self.totals.rates()
             lookups = self.layout.of(batch, grad)
@@ -174,8 +180,7 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         Raises:
             ValueError: another parameter, which the rule would ignore.
         """
-        if foreign := params_dict.keys() - {"lr", "eps"}:
-            raise ValueError(f"FrequencySGD has no {', '.join(sorted(foreign))}: only lr and eps.")
+        only_lr_and_eps(params_dict)
         scaled = {k: v * self._factor if k == "eps" else v for k, v in params_dict.items()}
         super().update_hyper_parameters(scaled)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import threshold
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import STATE_FORMAT, TOTALS
 from torchrec_freq.engine.fused import fused
-from torchrec_freq.engine.turn import Turn
+from torchrec_freq.engine.turn import Turn, used_here
 from torchrec_freq.rule import SQUARE_LIMIT, squares_per_count
 
 HOLD_STEPS: Final = 1 << 22
@@ -181,6 +181,7 @@ class TableTotals:
         with self._turn:
             self._ages[tables] += 1
 
+    @torch.inference_mode(False)  # what is made here is trained with, whoever asks for it
     def advance(self) -> None:
         """Starts a step. Where ranks share tables all must call it, in the same order.
 
@@ -202,7 +203,8 @@ class TableTotals:
         Where ranks share tables all must call it.
         """
         with self._turn:
-            if self.pending:
+            # What other ranks have added since, this one does not know.
+            if self.pending or self._group is not None:
                 self.advance()
                 self.pending = False
             self._merge()
@@ -211,9 +213,10 @@ class TableTotals:
         if self._exchange is None:
             return
         exchange, self._exchange = self._exchange, None
+        added = exchange.added
         if exchange.work is not None:
             exchange.work.wait()  # on a GPU this makes the stream wait, not the host
-        added = exchange.added
+            added = used_here(added)
         untouched_S = None
         if self._split:
             untouched_S = added.select(1, 3) == 0

@@ -6,9 +6,17 @@ import threading
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 # One for all: what needs two turns, tables and their totals, may take them in any order.
 _LOCK: Final = threading.RLock()
+
+
+def used_here(tensor: Tensor) -> Tensor:
+    """The tensor, whose memory no other stream gets before the current one has used it."""
+    if tensor.is_cuda and torch.cuda.is_initialized():
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
 
 
 class Turn:

@@ -54,6 +54,7 @@ from torchrec_freq.sharded.kernels import (
     ReplicatedEmbeddingBag,
     local_shards,
     our_kernels,
+    settle,
 )
 from torchrec_freq.sharded.opt_in import (
     find_tables,
@@ -216,11 +217,22 @@ def _advance(handle: FrequencyTables) -> None:
 
 
 def _wrap_load_state_dict() -> None:
-    """TorchRec refuses a state that is not ours by its size; we say what it is and what to do."""
-    stock = KeyedOptimizer.load_state_dict
+    """TorchRec refuses a state that is not ours by its size; we say what it is and what to do.
+
+    A wrapper within a combined optimizer has kept the state of when it was made: views of ours,
+    which the last step may still have to enter.
+    """
+    stock, stock_state_dict = KeyedOptimizer.load_state_dict, KeyedOptimizer.state_dict
+
+    @functools.wraps(stock_state_dict)
+    def get_state_dict(self: KeyedOptimizer) -> dict[str, Any]:
+        settle(self)
+        result: dict[str, Any] = stock_state_dict(self)
+        return result
 
     @functools.wraps(stock)
     def load_state_dict(self: KeyedOptimizer, state_dict: Mapping[str, Any]) -> None:
+        settle(self)
         states = self.state  # a combined optimizer merges those of its parts at each access
         for key, weight in self.params.items():
             for name, ours in states.get(weight, {}).items():
@@ -231,6 +243,7 @@ def _wrap_load_state_dict() -> None:
                     check_state(table, given, ours.shape[0])
         stock(self, state_dict)
 
+    KeyedOptimizer.state_dict = get_state_dict
     KeyedOptimizer.load_state_dict = load_state_dict
 
 

@@ -76,6 +76,9 @@ class ReplicatedFusedOptimizer(_RowStateOptimizer):
     def step(self, closure: Any = None) -> None:
         self._tbe.set_learning_rate(self.param_groups[0]["lr"])
 
+    def update_hyper_parameters(self, params_dict: dict[str, Any]) -> None:
+        self._tbe.update_hyper_parameters(params_dict)
+
 
 class ModuleOptimizer(CombinedOptimizer):
     """TorchRec's optimizer of a sharded module, which every rank has, also one without a shard.
@@ -91,13 +94,27 @@ class ModuleOptimizer(CombinedOptimizer):
         optimizer.__class__ = cls
         optimizer.tables = tables
 
+    def settle(self) -> None:
+        """Takes in the last step's totals."""
+        if not self.tables.moving:
+            self.tables.totals.settle()
+
     @property
     def state(self) -> Mapping[Any, Any]:
         """That of its parts."""
-        if not self.tables.moving:
-            self.tables.totals.settle()
+        self.settle()
         state: Mapping[Any, Any] = super().state
         return state
+
+
+def settle(optimizer: Any) -> None:
+    """Takes in the last step's totals of all modules that an optimizer stands for."""
+    if isinstance(optimizer, ModuleOptimizer):
+        optimizer.settle()
+    for _, part in getattr(optimizer, "_optims", ()):
+        settle(part)
+    if (wrapped := getattr(optimizer, "_optimizer", None)) is not None:
+        settle(wrapped)
 
 
 class _Fused(FusedOptimizerModule):

@@ -239,8 +239,9 @@ class FrequencyTables:
             RowShard(
                 shard.row_offset,
                 shard.primary and saves,
-                shard.tbe.counts_of(shard.index),
+                shard.tbe.memory_of(shard.index),
                 partial(shard.tbe.settled_counts, shard.index),
+                partial(shard.tbe.counts_of, shard.index),
             )
             for shard in self._shards_of(name)
         ]
