@@ -17,13 +17,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torchrec.datasets.criteo import (
-    CAT_FEATURE_COUNT,
-    DEFAULT_CAT_NAMES,
-    INT_FEATURE_COUNT,
-)
+from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES, INT_FEATURE_COUNT
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_freq.counts.data_files import map_npy
 
 KINDS: Final = ("dense", "sparse", "labels")
 DTYPES: Final = {"dense": ["float32"], "sparse": ["int32", "int64"], "labels": ["int32"]}
@@ -59,10 +57,13 @@ class File:
 
 @dataclass(frozen=True)
 class Day:
-    """The three files of a day."""
+    """The three files of a day, of equally many samples."""
 
     files: dict[str, File]  # by kind
-    samples: int
+
+    @property
+    def samples(self) -> int:
+        return self.files["dense"].samples
 
     def read(self, start: int, stop: int) -> Samples:
         """Samples start to stop, from the disk."""
@@ -100,15 +101,13 @@ def _day(stem: Path) -> Day:
     if len({file.samples for file in files.values()}) > 1:
         found = ", ".join(f"{file.path.name} {file.samples:,}" for file in files.values())
         raise ValueError(f"{stem.parent}: the files of a day differ in their rows: {found}.")
-    return Day(files, files["dense"].samples)
+    return Day(files)
 
 
 def _file(path: Path, kind: str) -> File:
     try:
-        values = np.lib.format.open_memmap(path, mode="r")
-    except OSError:
-        raise
-    except Exception as error:  # NumPy has Python parse the header
+        values = map_npy(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not an npy file, or truncated: {error}.") from error
     if values.dtype.name not in DTYPES[kind] or not values.dtype.isnative:
         raise ValueError(f"{path} holds {values.dtype}; expected {' or '.join(DTYPES[kind])}.")

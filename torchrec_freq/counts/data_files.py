@@ -84,19 +84,32 @@ def open_file(path: Path) -> DataFile:
     return _OPENERS[path.suffix](path)
 
 
+def map_npy(path: Path) -> np.memmap[Any, Any]:
+    """The array of an npy file, mapped; of any shape and type.
+
+    Raises:
+        ValueError: truncated, or not an npy file.
+        OSError: it cannot be read.
+    """
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # NumPy has Python parse the header
+        raise ValueError(str(error)) from error
+
+
 def _open_npy(path: Path) -> DataFile:
     """A Criteo file, [samples, 26] whole numbers."""
 
-    def mapped() -> NDArray[Any]:
+    def mapped() -> np.memmap[Any, Any]:
         try:
-            return np.lib.format.open_memmap(path, mode="r")
-        except OSError:
-            raise
-        except Exception as error:  # NumPy has Python parse the header
+            return map_npy(path)
+        except ValueError as error:
             raise ValueError(f"{path}: truncated, or not an npy file: {error}") from error
 
     data = mapped()
-    if isinstance(data, np.memmap) and path.stat().st_size > data.offset + data.nbytes:
+    if path.stat().st_size > data.offset + data.nbytes:
         raise ValueError(f"{path}: too long: {len(data):,} samples take less.")
     if data.ndim != 2 or data.shape[1] != len(CRITEO_COLUMNS) or data.dtype.kind not in "iu":
         raise ValueError(

@@ -92,7 +92,7 @@ def install() -> None:
     )
     _wrap_sharded(ShardedEmbeddingBagCollection)
     _wrap_sharded(ShardedEmbeddingCollection)
-    _wrap_load_state_dict()
+    _wrap_state_dicts()
     _wrap_planner()
     _wrap_delta_tracker()
     _wrap_sync()
@@ -216,7 +216,7 @@ def _advance(handle: FrequencyTables) -> None:
     handle.begin_step()
 
 
-def _wrap_load_state_dict() -> None:
+def _wrap_state_dicts() -> None:
     """TorchRec refuses a state that is not ours by its size; we say what it is and what to do.
 
     A wrapper within a combined optimizer has kept the state of when it was made: views of ours,
