@@ -29,6 +29,7 @@ from criteo.ranks import Refused, say_error, together
 from criteo.scan import Scan, scan
 from examples.checkpoint import Checkpoints, NotSaved
 from examples.ranks import gather, start_ranks
+from examples.ranks import together as agreed
 from examples.training import optimizer_bytes
 from torchrec_freq.output import check_folder, write_text
 
@@ -111,12 +112,10 @@ def train(settings: Settings, device: torch.device) -> None:
         "curve": progress.curve,
         "settings": loop.checkpoints.settings,
     }
-    if dist.get_rank() == 0:
-        try:
+    with agreed(NotSaved, OSError):
+        if dist.get_rank() == 0:
             write_text(settings.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        except OSError as error:
-            raise NotSaved(error.errno, str(error)) from error
-        print(table(summary), flush=True)
+            print(table(summary), flush=True)
 
 
 def set_up(
@@ -179,12 +178,12 @@ def main() -> None:
         if first:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    try:
-        with start_ranks() as device:
+    with start_ranks() as device:
+        try:
             train(settings, device)
-    except (Refused, NotSaved) as error:
-        say_error(str(error))
-        raise SystemExit(2) from None
+        except (Refused, NotSaved) as error:  # of all ranks
+            say_error(str(error))
+            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -62,7 +63,7 @@ class Loop:
         self.step = 0
         self.saved: int | None = None  # step of the last checkpoint
         self.progress = Progress()
-        self.terminated = False
+        self.terminated = threading.Event()
         self._resume()
         self.monitor = Monitor(settings.out / "tensorboard", self.step)
         self.tables = None
@@ -84,7 +85,8 @@ class Loop:
             Refused: the loss is no finite number, on every rank.
             NotSaved: a checkpoint cannot be written, on every rank; the last good one is kept.
         """
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        terminated = self.terminated  # alone: the handler outlives this loop and its model
+        signal.signal(signal.SIGTERM, lambda *_: terminated.set())
         every = self.settings.evaluation.every
         if self.step:
             self.monitor.say(f"Resumed from {self._path(self.step)}, after {self.step} steps.")
@@ -127,7 +129,7 @@ class Loop:
         """The only place where the host waits for the device, and the ranks agree what to do."""
         minutes = (time.monotonic() - self.last_save) / 60
         due = dist.get_rank() == 0 and minutes >= self.settings.checkpoint.minutes
-        flags = torch.tensor([self.terminated, due], dtype=loss.dtype, device=self.device)
+        flags = torch.tensor([self.terminated.is_set(), due], dtype=loss.dtype, device=self.device)
         shared = torch.cat([loss.view(1), flags])
         dist.all_reduce(shared)
         total, terminated, due = shared.tolist()
@@ -175,7 +177,7 @@ class Loop:
             for number, (_, logits, labels) in enumerate(self._outputs(source), start=1):
                 metrics.update(logits, labels)
                 if number % self.settings.log_every == 0:  # it may take long
-                    terminated = torch.tensor(int(self.terminated), device=self.device)
+                    terminated = torch.tensor(int(self.terminated.is_set()), device=self.device)
                     dist.all_reduce(terminated)
                     if terminated:
                         self._stop()

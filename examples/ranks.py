@@ -1,8 +1,10 @@
 """The ranks of a program: their group, which device each has, and errors that end all of them."""
 
 import contextlib
+import gc
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,11 +37,28 @@ def start_ranks() -> Iterator[torch.device]:
     try:
         yield device
         dist.barrier()  # no rank leaves while another still talks to it
-    except SystemExit:  # meant, on every rank
-        dist.destroy_process_group()
+    except SystemExit as meant:  # on every rank
+        leave(meant)
         raise
     # Not after an error: NCCL may wait there for ranks that wait for this one.
+    leave()
+
+
+def leave(error: BaseException | None = None) -> None:
+    """Ends the process group and its threads.
+
+    gloo's threads live as long as anything holds the group, as models do. One that lets go of a
+    tensor while the interpreter ends would abort the process (pytorch/pytorch#190489).
+
+    Args:
+        error: that ends the program; what it passed through on its way is forgotten.
+    """
     dist.destroy_process_group()
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    for _ in range(3):  # what the first finds may hold circles that hold the group
+        gc.collect()
 
 
 def connect(backend: str) -> None:

@@ -114,4 +114,5 @@ if rank == 0:
     lookups = {name: int(table.sum()) for name, table in counts.items()}
     first, last = sum(losses[:50]) / 50, sum(losses[-50:]) / 50
     print(f"{ranks} ranks, loss {first:.3f} to {last:.3f}, lookups so far: {lookups}")
+dist.barrier()  # no rank leaves while another still talks to it
 dist.destroy_process_group()

@@ -7,9 +7,11 @@ import functools
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,12 +19,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from programs import Program
 from ranks import on_ranks
 from torch.utils.tensorboard.writer import SummaryWriter
 from training import GIVEN, REPOSITORY, STEPS, arguments, assert_same, run
 
 from criteo import __main__ as program
 from criteo import ranks
+from criteo.loop import Loop
 from criteo.monitor import Monitor
 from examples import ranks as group
 from examples.checkpoint import Checkpoints, NotSaved
@@ -127,7 +131,8 @@ def test_what_cannot_be_trained_on_is_said_in_a_line(
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["train", *flags])
-        patch.setattr(group, "connect", lambda backend: None)
+        for name in ("connect", "leave"):  # this is the group, and stays
+            patch.setattr(group, name, lambda _: None)
         program.main()
     assert stopped.value.code == 2
     errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
@@ -165,6 +170,60 @@ def test_main_without_torchrun(
             program.main()
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def name_threads_at_the_end() -> None:
+    tasks = Path("/proc/self/task")
+
+    def name_threads() -> None:
+        names = sorted((task / "comm").read_text().strip() for task in tasks.iterdir())
+        print(f"threads of gloo: {sum('gloo' in name for name in names)}", flush=True)
+
+    util.Finalize(None, name_threads, exitpriority=0)
+
+
+def terminate_when_saved() -> None:
+    name_threads_at_the_end()
+    save = Loop._save
+
+    def save_and_terminate(loop: Loop) -> None:
+        save(loop)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    setattr(Loop, "_save", save_and_terminate)  # noqa: B010  # in a process of its own
+
+
+@pytest.mark.parametrize(
+    ("more", "before", "code"),
+    [
+        (("--max_steps", "2"), name_threads_at_the_end, 0),
+        ((), terminate_when_saved, 143),
+        (("--optimizer.lr", "1e30"), name_threads_at_the_end, 2),
+    ],
+    ids=["end", "SIGTERM", "refused"],
+)
+def test_no_thread_of_the_group_is_left(
+    reference: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    before: Callable[[], object],
+    code: int,
+) -> None:
+    """Or the process may abort while the interpreter ends."""
+    given = arguments(reference / "data", tmp_path / "out", *more)
+    ended = Program("criteo", given, ranks=2, before=before, OMP_NUM_THREADS="1")
+    assert ended.wait() == [code, code], ended.printed
+    assert ended.out.count("threads of gloo: ") == ended.out.count("threads of gloo: 0") == 2
+
+
+@on_ranks(2)
+def test_no_space_for_the_summary(reference: Path, tmp_path: Path) -> None:
+    """All ranks end, and none waits for rank 0."""
+    full = OSError(28, "No space left")
+    with mock.patch.object(program, "write_text", side_effect=full):
+        with pytest.raises(NotSaved, match="on rank 0: .*No space left") as caught:
+            run(reference / "data", tmp_path / "out", "--max_steps", "2")
+        assert caught.value.errno == 28
 
 
 @pytest.mark.parametrize(
