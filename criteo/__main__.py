@@ -112,10 +112,12 @@ def train(settings: Settings, device: torch.device) -> None:
         "curve": progress.curve,
         "settings": loop.checkpoints.settings,
     }
+    first = dist.get_rank() == 0
     with agreed(NotSaved, OSError):
-        if dist.get_rank() == 0:
+        if first:
             write_text(settings.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-            print(table(summary), flush=True)
+    if first:
+        print(table(summary), flush=True)
 
 
 def set_up(

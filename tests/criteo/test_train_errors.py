@@ -172,33 +172,31 @@ def test_main_without_torchrun(
         assert message in capsys.readouterr().err
 
 
-def name_threads_at_the_end() -> None:
-    tasks = Path("/proc/self/task")
-
-    def name_threads() -> None:
-        names = sorted((task / "comm").read_text().strip() for task in tasks.iterdir())
+def count_threads_at_the_end() -> None:
+    def count_threads() -> None:
+        names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
         print(f"threads of gloo: {sum('gloo' in name for name in names)}", flush=True)
 
-    util.Finalize(None, name_threads, exitpriority=0)
+    util.Finalize(None, count_threads, exitpriority=0)
 
 
 def terminate_when_saved() -> None:
-    name_threads_at_the_end()
+    count_threads_at_the_end()
     save = Loop._save
 
     def save_and_terminate(loop: Loop) -> None:
         save(loop)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    setattr(Loop, "_save", save_and_terminate)  # noqa: B010  # in a process of its own
+    mock.patch.object(Loop, "_save", save_and_terminate).start()  # in a process of its own
 
 
 @pytest.mark.parametrize(
     ("more", "before", "code"),
     [
-        (("--max_steps", "2"), name_threads_at_the_end, 0),
+        (("--max_steps", "2"), count_threads_at_the_end, 0),
         ((), terminate_when_saved, 143),
-        (("--optimizer.lr", "1e30"), name_threads_at_the_end, 2),
+        (("--optimizer.lr", "1e30"), count_threads_at_the_end, 2),
     ],
     ids=["end", "SIGTERM", "refused"],
 )
