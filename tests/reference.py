@@ -25,6 +25,11 @@ class Feature:
     weights: list[list[float]] | None = None
 
 
+def weight_of(step: int) -> int:
+    """How many steps this one is sampled for: all of the first 64, then an eighth of them."""
+    return 1 if step < 64 else 8 * (step * 2654435761 % 2**32 < 2**29)
+
+
 @dataclass
 class ReferenceTable:
     """A whole table trained by the rule."""
@@ -33,64 +38,75 @@ class ReferenceTable:
     features: list[str]
     pooling: str = "sum"  # or "mean", or "none": the feature's output has a row a lookup
     count: str = "samples"
-    own_weight: float = 1
+    prior_count: float = 10
     half_life: int | None = None
+    admit: int = 1
     normalize: str | None = "table"
     min_count: float = 1
     eps: float = 1e-8
-    shard_columns: list[int] = field(default_factory=list)  # each by its own square; [] for one
-    count_all: bool = False  # a variable batch does not show which bags have a gradient
+    shard_columns: list[int] = field(default_factory=list)  # each with its own sums; [] for one
     counts: Counter[int] = field(default_factory=Counter)
+    sums: dict[int, Tensor] = field(default_factory=dict)  # [columns], equal within a shard
     squares: float = 0.0
-    total: float = 0.0  # sum of the counts, halved without rounding
-    occurrences: float = 0.0
+    total: float = 0.0
+    steps: float = 0.0  # that squares and total stand for
     age: int = 0
 
     def __post_init__(self) -> None:
         self.weight = self.weight.detach().double().clone()
 
+    def own(self, gradient: Tensor) -> Tensor:
+        """[columns] mean square of the gradient over the columns of each one's shard."""
+        parts = torch.split(gradient, self.shard_columns or [len(gradient)])
+        return torch.cat([part.square().mean().expand(len(part)) for part in parts])
+
     def update(self, lookups: list[tuple[str, int, Tensor]], lr: float) -> None:
         """One step, from the feature, the row and the gradient of each lookup."""
-        trained = {feature for feature, _, gradient in lookups if gradient.any()}
-        # A lookup without a gradient does not count, nor does a feature without one where column
-        # shards cannot tell which lookups have none.
-        rows = [
-            row
-            for feature, row, gradient in lookups
-            if self.count_all
-            or (feature in trained if self.shard_columns else bool(gradient.any()))
-        ]
-        per_count = self.squares / self.total if self.total else 0.0
-        cap = 1000 * self.squares / self.occurrences if self.squares else math.inf
+        rho = self.squares / self.total if self.total else 0.0
+        occurrences = Counter(row for _, row, _ in lookups)
+        before = Counter(self.counts)
         if self.count != "frozen":
-            added = Counter(rows if self.count == "samples" else set(rows))
-            self.counts.update(added)
-            self.total += sum(added.values())
-        occurrences = Counter(rows)
+            self.counts.update(occurrences)
         gradients: dict[int, Tensor] = {}
         for _, row, gradient in lookups:
             gradients[row] = gradients.get(row, torch.zeros_like(gradient)) + gradient
+        squares, entered = 0.0, 0
         for row, gradient in gradients.items():
-            if not occurrences[row]:
+            if self.counts[row] < self.admit:
                 continue
-            columns = self.shard_columns or [len(gradient)]
-            parts = torch.split(gradient, columns)
-            own = torch.cat([part.square().mean().expand(len(part)) for part in parts])
+            entered += occurrences[row]
             if self.normalize is None:
                 root = torch.tensor(max(self.counts[row], self.min_count)).double().sqrt()
             else:
-                root = ((per_count * self.counts[row] + self.own_weight * own) / 2).sqrt()
+                own, count = self.own(gradient), before[row]
+                past = self.sums.get(row, torch.zeros_like(own))
+                prior = 1.0
+                if not math.isinf(self.prior_count):
+                    prior = self.prior_count / max(count + self.prior_count, 1e-300)
+                root = ((1 - prior) * past + prior * rho * (count + 1) + own).sqrt()
+                self.sums[row] = past + own
             self.weight[row] -= lr / (root + self.eps) * gradient
-            square = float(gradient.square().mean())
-            if math.isfinite(square) and self.normalize is not None:
-                self.squares += min(square, cap * occurrences[row])
-        self.occurrences += len(rows)
+            squares += float(gradient.square().mean())
+        self._add(squares, entered)
         self.age += 1
         if self.half_life is not None and self.age >= self.half_life:
             self.age = 0
             self.counts = Counter({row: count // 2 for row, count in self.counts.items()})
-            self.squares, self.total = self.squares / 2, self.total / 2
-            self.occurrences /= 2
+            self.sums = {row: value / 2 for row, value in self.sums.items()}
+            self.squares, self.total, self.steps = self.squares / 2, self.total / 2, self.steps / 2
+
+    def _add(self, squares: float, occurrences: int) -> None:
+        weight = weight_of(self.age)
+        if self.normalize is None or not self.prior_count or not weight or not occurrences:
+            return
+        mean = self.squares / self.steps if self.steps else 0.0
+        if not math.isfinite(squares):
+            squares = mean
+        elif self.steps >= 3:
+            squares = min(squares, max(3 * mean, self.squares / 10))
+        self.squares += weight * squares
+        self.total += weight * occurrences
+        self.steps += weight
 
     def count_tensor(self) -> Tensor:
         return torch.tensor([self.counts[row] for row in range(len(self.weight))])
@@ -151,11 +167,3 @@ class ReferenceModel:
                 self.lr,
             )
         return float(value.detach())
-
-
-def seed(table: ReferenceTable, counts: torch.Tensor, squares: float | None = None) -> None:
-    table.counts.clear()
-    table.counts.update(dict(enumerate(counts.tolist())))
-    table.total, table.age = float(counts.sum()), 0
-    if squares is not None:
-        table.squares, table.occurrences = squares, float(counts.count_nonzero())

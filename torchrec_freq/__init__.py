@@ -31,11 +31,18 @@ from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts import state
 from torchrec_freq.counts.files import CountsFile, load_counts, save_counts
 from torchrec_freq.counts.ids import count_ids
-from torchrec_freq.counts.state import COUNT_CEILING
+from torchrec_freq.counts.state import COUNT_CEILING, TableState
 from torchrec_freq.optimizer import FrequencySGD
-from torchrec_freq.sharded.adagrad import adagrad_sums, load_adagrad_sums, load_momentum
-from torchrec_freq.sharded.counts import load_row_counts, row_counts
 from torchrec_freq.sharded.install import install
+from torchrec_freq.sharded.model_state import (
+    adagrad_sums,
+    evict_rows,
+    load_adagrad_sums,
+    load_row_counts,
+    load_table_states,
+    row_counts,
+    table_states,
+)
 from torchrec_freq.sharded.opt_in import fused_params
 
 install()
@@ -50,15 +57,18 @@ __all__ = [
     "CountsFile",
     "FrequencyConfig",
     "FrequencySGD",
+    "TableState",
     "TrainingMonitor",
     "adagrad_sums",
     "count_ids",
+    "evict_rows",
     "fused_params",
     "learning_rates",
     "load_adagrad_sums",
     "load_counts",
-    "load_momentum",
     "load_row_counts",
+    "load_table_states",
     "row_counts",
     "save_counts",
+    "table_states",
 ]

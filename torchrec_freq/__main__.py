@@ -9,13 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq.cli import count, doctor, from_adagrad, plan, report
+from torchrec_freq.cli import count, doctor, plan, report
 from torchrec_freq.cli.terminal import visible
 
 COMMANDS: Final = {
     "count": count,
     "doctor": doctor,
-    "from-adagrad": from_adagrad,
     "plan": plan,
     "report": report,
 }

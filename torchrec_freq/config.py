@@ -7,14 +7,22 @@ import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Final, Literal, cast
 
-CountMode = Literal["samples", "batches", "frozen"]
+CountMode = Literal["samples", "frozen"]
 Normalize = Literal["table"]
 
-COUNT_MODES: Final = ("samples", "batches", "frozen")
-DEFAULT_OWN_WEIGHT: Final = 1.0
+DEFAULT_PRIOR_COUNT: Final = 10.0
 DEFAULT_EPS: Final = 1e-8
 _LEAST_EPS: Final = 1e-30
 """The least that float32 keeps apart from 0 when FBGEMM divides by it."""
+
+_REMOVED: Final = {
+    "own_weight": (
+        "own_weight is not an option since version 0.3: a row's own squared gradients count in "
+        "full. Leave it out; prior_count says for how many occurrences the table's mean square "
+        "stands in for them."
+    ),
+}
+"""Options of earlier versions, and what to do instead."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,19 +30,19 @@ class FrequencyConfig:
     """Settings of the update rule of :mod:`torchrec_freq.rule`.
 
     Args:
-        count: what adds to a row's counter in a step. ``"samples"``: every occurrence of its id in
-            the global batch adds 1 (an id twice in one bag adds 2). ``"batches"``: a row that
-            occurs at all adds 1. ``"frozen"``: nothing; the counts are loaded.
-        half_life: steps after which the counts of a table and the sums that go with them are
-            halved, for data that drift. None: never.
-        own_weight: weight of the row's own squared gradient of the step beside what the past
-            predicts, greater than 0. No row moves further in a step than
-            ``lr * sqrt(2 / own_weight)`` (root mean square over its columns). Of
-            ``normalize="table"`` alone.
-        normalize: ``"table"`` finds the size of the rate from the table's gradients, as row-wise
-            Adagrad does; None is the paper's rule, ``lr / sqrt(max(count, min_count))``.
-        min_count: lower bound of the count in the paper's rule, at least 1; of
-            ``normalize=None`` alone.
+        prior_count: how many occurrences the table's mean square is worth beside a row's own sum of
+            squares, at least 0. 0 is row-wise Adagrad; infinity goes by the frequency alone. For
+            ``normalize="table"`` only.
+        half_life: steps after which a table's counts and sums are halved, for data that drift.
+            None: never.
+        admit: a row moves from this occurrence on, at least 1. Until then it keeps its initial
+            value.
+        normalize: ``"table"`` finds the size of the rate from the gradients, as row-wise Adagrad
+            does; None is the paper's rule, ``lr / sqrt(max(count, min_count))``.
+        count: ``"samples"``: every occurrence of an id in the global batch adds 1 to its row's
+            counter. ``"frozen"``: the counts are loaded and stay, for ``normalize=None`` only.
+        min_count: lower bound of the count in the paper's rule, at least 1; for
+            ``normalize=None`` only.
         eps: added to the root that lr is divided by, at least 1e-30.
 
     Raises:
@@ -42,69 +50,71 @@ class FrequencyConfig:
             it and what to give instead.
     """
 
-    count: CountMode = "samples"
+    prior_count: float = DEFAULT_PRIOR_COUNT
     half_life: int | None = None
-    own_weight: float = DEFAULT_OWN_WEIGHT
+    admit: int = 1
     normalize: Normalize | None = "table"
+    count: CountMode = "samples"
     min_count: float = 1
     eps: float = DEFAULT_EPS
 
     def __post_init__(self) -> None:
-        if self.count not in COUNT_MODES:
-            raise ValueError(
-                f"Invalid count value: {self.count!r}. Must be one of {', '.join(COUNT_MODES)}."
-            )
-        require_number("min_count", self.min_count, minimum=1)
-        require_number("eps", self.eps, minimum=_LEAST_EPS)
-        require_number("own_weight", self.own_weight, minimum=0)
-        if self.own_weight == 0:
-            raise ValueError("Invalid own_weight value: 0. Must be > 0.")
-        if self.half_life is not None:
-            if isinstance(self.half_life, bool) or not isinstance(self.half_life, int):
-                raise ValueError(
-                    f"Invalid half_life value: {self.half_life!r}. "
-                    "Must be a whole number of steps, or None for no ageing."
-                )
-            if self.half_life < 1:
-                raise ValueError(
-                    f"Invalid half_life value: {self.half_life}. "
-                    "Must be at least 1 step, or None for no ageing."
-                )
-            if self.count == "frozen":
-                raise ValueError(
-                    f"Invalid half_life value: {self.half_life}. "
-                    "Frozen counts do not age: use half_life=None, or count='samples'."
-                )
         if self.normalize not in ("table", None):
             raise ValueError(
                 f"Invalid normalize value: {self.normalize!r}. Must be 'table' or None."
             )
-        if self.normalize == "table" and self.min_count != 1:
+        if self.count == "batches":
             raise ValueError(
-                f"Invalid min_count value: {self.min_count}. It belongs to the paper's rule: "
-                "use it with normalize=None, or leave it out."
+                "Invalid count value: 'batches'. Every occurrence counts since version 0.3: use "
+                "'samples'."
             )
-        if self.normalize is None and self.own_weight != DEFAULT_OWN_WEIGHT:
+        if self.count not in ("samples", "frozen"):
+            raise ValueError(f"Invalid count value: {self.count!r}. Must be 'samples' or 'frozen'.")
+        if self.prior_count != math.inf:
+            require_number("prior_count", self.prior_count, minimum=0)
+        require_whole("admit", self.admit, "occurrences")
+        if self.half_life is not None:
+            require_whole("half_life", self.half_life, "steps, or None for no ageing")
+        require_number("min_count", self.min_count, minimum=1)
+        require_number("eps", self.eps, minimum=_LEAST_EPS)
+        if self.normalize == "table":
+            papers = {"count": "samples", "min_count": 1}
+            where = "It belongs to the paper's rule: use it with normalize=None, or leave it out."
+        else:
+            papers = {"prior_count": DEFAULT_PRIOR_COUNT}
+            where = "The paper's rule (normalize=None) has none: leave it out."
+        for name, default in papers.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"Invalid {name} value: {getattr(self, name)!r}. {where}")
+        if self.count == "frozen" and self.half_life is not None:
             raise ValueError(
-                f"Invalid own_weight value: {self.own_weight}. The paper's rule (normalize=None) "
-                "has none: use it with normalize='table', or leave it out."
+                f"Invalid half_life value: {self.half_life}. "
+                "Frozen counts do not age: use half_life=None, or count='samples'."
             )
 
 
 FIELDS: Final = tuple(field.name for field in dataclasses.fields(FrequencyConfig))
 
 
-def refuse_coherence(coherence: object) -> None:
-    """Says what became of an option that version 0.1 had.
+def make_config(options: Mapping[str, Any]) -> FrequencyConfig:
+    """A config from keyword arguments.
 
     Raises:
-        ValueError: it is given.
+        ValueError: a wrong value, or an option that is unknown or was removed.
     """
-    if coherence is not None:
+    for name in options.keys() - set(FIELDS):
+        advice = _REMOVED.get(name)
         raise ValueError(
-            f"coherence={coherence!r}: FrequencySGD has had no coherence since version 0.2, in "
-            "which the row's own squared gradient takes its place (own_weight). Leave it out."
+            advice or f"FrequencySGD has no option {name!r}. Its options are {', '.join(FIELDS)}."
         )
+    return FrequencyConfig(**options)
+
+
+def pop_config(params: MutableMapping[str, Any], base: FrequencyConfig) -> FrequencyConfig:
+    """``base`` with the fields found in ``params``, which are taken out of it."""
+    names = [name for name in params if name in FIELDS or name in _REMOVED]
+    given = {name: params.pop(name) for name in names}
+    return make_config({**dataclasses.asdict(base), **given})
 
 
 def check_learning_rate(lr: object) -> float:
@@ -115,18 +125,6 @@ def check_learning_rate(lr: object) -> float:
     """
     require_number("lr", lr, minimum=0)
     return float(cast(float, lr))
-
-
-def config_of(options: Mapping[str, Any]) -> FrequencyConfig:
-    """The config in a parameter group, which holds other entries too."""
-    refuse_coherence(options.get("coherence"))
-    return FrequencyConfig(**{name: options[name] for name in FIELDS})
-
-
-def pop_config(params: MutableMapping[str, Any], base: FrequencyConfig) -> FrequencyConfig:
-    """``base`` with the fields found in ``params``, which are taken out of it."""
-    refuse_coherence(params.pop("coherence", None))
-    return dataclasses.replace(base, **{k: params.pop(k) for k in FIELDS if k in params})
 
 
 def require_number(name: str, value: object, *, minimum: float) -> None:
@@ -140,3 +138,13 @@ def require_number(name: str, value: object, *, minimum: float) -> None:
         raise ValueError(f"Invalid {name} value: {value!r}. Must be a finite number >= {minimum}.")
     if value < minimum:
         raise ValueError(f"Invalid {name} value: {value}. Must be >= {minimum}.")
+
+
+def require_whole(name: str, value: object, unit: str) -> None:
+    """Refuses what is not a whole number of at least 1.
+
+    Raises:
+        ValueError: names the option and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Invalid {name} value: {value!r}. Must be a whole number >= 1 ({unit}).")

@@ -11,19 +11,28 @@ from torch import Tensor
 
 from torchrec_freq.config import (
     DEFAULT_EPS,
-    DEFAULT_OWN_WEIGHT,
+    DEFAULT_PRIOR_COUNT,
     FIELDS,
     CountMode,
     FrequencyConfig,
     Normalize,
     check_learning_rate,
-    config_of,
-    refuse_coherence,
+    make_config,
 )
-from torchrec_freq.counts.state import ROW_COUNTER, ROW_COUNTER_AGE, TABLE_TOTALS, check_state
-from torchrec_freq.engine.counters import added, counted
-from torchrec_freq.engine.totals import TableTotals, TotalsTable
-from torchrec_freq.rule import entering_squares, row_multiplier
+from torchrec_freq.counts.conversion import with_counts_of_sums, with_sums_of_counts
+from torchrec_freq.counts.state import (
+    COUNT_CEILING,
+    MOMENTUM,
+    OLD_FORMAT,
+    ROW_COUNTER,
+    ROW_COUNTER_AGE,
+    TABLE_TOTALS,
+    TableState,
+    check_state,
+    totals_of,
+)
+from torchrec_freq.engine.totals import TableTotals
+from torchrec_freq.rule import row_multiplier
 
 
 class FrequencySGD(torch.optim.Optimizer):
@@ -31,13 +40,12 @@ class FrequencySGD(torch.optim.Optimizer):
 
     .. math::
         w_i \leftarrow w_i - \frac{\mathrm{lr}}{\sqrt{v_i} + \mathrm{eps}}\, g_i, \qquad
-        v_i = \tfrac12 \left(G \frac{c_i}{C}
-        + \mathrm{own\_weight} \cdot \mathrm{mean}_d(g_i^2)\right)
+        v_i = (1 - b_i) A_i + b_i \frac{G}{C} (c_i + 1) + \mathrm{mean}_d(g_i^2), \qquad
+        b_i = \frac{\mathrm{prior\_count}}{c_i + \mathrm{prior\_count}}
 
-    :math:`c_i` is the number of occurrences of row ``i`` so far, this step included, and :math:`C`
-    that of all rows of the table, :math:`g_i` the gradient of the mean loss of the global batch and
-    :math:`G` the sum of :math:`\mathrm{mean}_d(g_i^2)` over the rows and the earlier steps
-    (:mod:`torchrec_freq.rule`).
+    :math:`c_i` is how often row ``i`` occurred so far and :math:`A_i` the sum of its mean squared
+    gradients, as in row-wise Adagrad; :math:`C` and :math:`G` are the table's sums of these.
+    :math:`g_i` is the gradient of the mean loss of the global batch (:mod:`torchrec_freq.rule`).
 
     Its main use is to be named, not stepped: TorchRec's sharded tables take it from
     ``apply_optimizer_in_backward`` and run the rule inside FBGEMM's backward.
@@ -47,17 +55,16 @@ class FrequencySGD(torch.optim.Optimizer):
     >>> table = torch.nn.EmbeddingBag(10, 4, sparse=True)
     >>> apply_optimizer_in_backward(FrequencySGD, table.parameters(), {"lr": 0.05})
 
-    ``step()`` applies the same rule to a parameter that is not sharded. It takes what it needs from
-    the gradient: a sparse gradient (``sparse=True`` of ``nn.EmbeddingBag`` and ``nn.Embedding``)
-    lists every occurrence; a dense one shows only which rows have a gradient, so it serves just
-    ``count="batches"`` or ``"frozen"``.
+    ``step()`` applies the same rule to a parameter that is not sharded. A sparse gradient
+    (``sparse=True`` of ``nn.EmbeddingBag`` and ``nn.Embedding``) lists every occurrence; a dense
+    one does not, so it serves only ``count="frozen"``.
 
     Args:
         params: embedding tables, each [rows, columns], or parameter groups.
         lr: learning rate, at least 0. That of row-wise Adagrad is the place to start.
-        count, half_life, own_weight, normalize, min_count, eps: see
+        prior_count, half_life, admit, normalize, count, min_count, eps: see
             :class:`torchrec_freq.FrequencyConfig`.
-        coherence: an option of version 0.1; refused.
+        removed: options of earlier versions, to refuse them with what to do instead.
 
     Raises:
         ValueError: a wrong value, named with what to give instead.
@@ -72,33 +79,34 @@ class FrequencySGD(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float,
         *,
-        count: CountMode = "samples",
+        prior_count: float = DEFAULT_PRIOR_COUNT,
         half_life: int | None = None,
-        own_weight: float = DEFAULT_OWN_WEIGHT,
+        admit: int = 1,
         normalize: Normalize | None = "table",
+        count: CountMode = "samples",
         min_count: float = 1,
         eps: float = DEFAULT_EPS,
-        coherence: None = None,
+        **removed: Any,
     ) -> None:
-        refuse_coherence(coherence)
-        config = FrequencyConfig(
-            count=count,
-            half_life=half_life,
-            own_weight=own_weight,
-            normalize=normalize,
-            min_count=min_count,
-            eps=eps,
+        config = make_config(
+            {
+                "prior_count": prior_count,
+                "half_life": half_life,
+                "admit": admit,
+                "normalize": normalize,
+                "count": count,
+                "min_count": min_count,
+                "eps": eps,
+                **removed,
+            }
         )
         defaults = {"lr": check_learning_rate(lr), **dataclasses.asdict(config)}
         super().__init__(params, defaults)
         for group in self.param_groups:
             check_learning_rate(group["lr"])
-            config_of(group)
-            if unknown := group.keys() - {"params", "param_names", *defaults}:
-                raise ValueError(
-                    f"FrequencySGD has no option {', '.join(map(repr, sorted(unknown)))}. "
-                    f"Its options are lr, {', '.join(FIELDS)}."
-                )
+            make_config(
+                {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
+            )
             for param in group["params"]:
                 if param.dim() != 2:
                     raise ValueError(
@@ -118,50 +126,63 @@ class FrequencySGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            config = FrequencyConfig(**{name: group[name] for name in FIELDS})
             for param in group["params"]:
                 if param.grad is not None:
-                    self._step(param, param.grad, config_of(group), group["lr"])
+                    self._step(param, param.grad, config, group["lr"])
         return loss
 
     def _step(self, param: Tensor, grad: Tensor, config: FrequencyConfig, lr: float) -> None:
-        state = self.state[param]
-        totals = TableTotals([TotalsTable(1, config)], param.device)
+        state, device = self.state[param], param.device
+        totals = TableTotals([config], device)
         if not state:
-            state[ROW_COUNTER] = torch.zeros(len(param), dtype=torch.int32, device=param.device)
+            state[MOMENTUM] = torch.zeros(len(param), device=device, dtype=torch.float32)
+            state[ROW_COUNTER] = torch.zeros(len(param), dtype=torch.int32, device=device)
             state[TABLE_TOTALS] = totals.values[0].clone()
             state[ROW_COUNTER_AGE] = totals.ages.clone()
-        rows_U, occurrences_U, grad_UD = _trained_rows(grad, config)
+        rows_U, occurrences_U, grad_UD = _distinct_rows(grad, config)
         if len(rows_U) == 0:
             # torch.distributed.checkpoint makes such a step to have a state to load into.
             return
+        counts_R, sums_R = state[ROW_COUNTER], state[MOMENTUM]
+        if config.count == "frozen" and not counts_R.any():
+            raise RuntimeError("count='frozen', but the optimizer's state has no counts: load one.")
         totals.values[0] = state[TABLE_TOTALS]
         totals.ages.copy_(state[ROW_COUNTER_AGE])
-        before_U = state[ROW_COUNTER].index_select(0, rows_U)
-        after_U = counted(config.count, before_U, before_U + occurrences_U)
-        if config.count == "frozen" and not totals.values[0, 2] > 0:
-            raise RuntimeError("count='frozen', but the optimizer's state has no counts: load one.")
-        state[ROW_COUNTER].index_copy_(0, rows_U, after_U)
 
-        per_count, limit = totals.rates()
+        before_U, sums_U = counts_R.index_select(0, rows_U), sums_R.index_select(0, rows_U)
+        after_U = before_U
+        if config.count != "frozen":
+            after_U = (before_U + occurrences_U).clamp_(max=COUNT_CEILING)
+            counts_R.index_copy_(0, rows_U, after_U)
         squares_U = grad_UD.to(torch.float32).square().mean(dim=1)
-        multiplier_U = row_multiplier(config, after_U, squares_U, per_count)
-        scaled_UD = (grad_UD * multiplier_U.unsqueeze(1)).to(param.dtype)
+        multiplier_U = row_multiplier(
+            config,
+            after_U if config.normalize is None else before_U,
+            sums_U,
+            totals.rho(),
+            squares_U,
+        )
+        admitted_U = after_U >= config.admit
+        scaled_UD = (grad_UD * (multiplier_U * admitted_U).unsqueeze(1)).to(param.dtype)
         param.index_add_(0, rows_U, scaled_UD, alpha=-lr)
 
-        if config.normalize is None:
-            squares_U.zero_()
-        entering_U = entering_squares(squares_U, occurrences_U, limit) * occurrences_U
-        sums = [entering_U.sum(), added(config.count, occurrences_U).sum(), occurrences_U.sum()]
-        first = torch.zeros(1, dtype=torch.int64, device=param.device)
-        totals.listen(lambda _, due: state[ROW_COUNTER].bitwise_right_shift_(len(due)))
-        totals.add(first, *(value.view(1) for value in sums))
-        totals.end_backward([0])
-        totals.settle()
+        if config.normalize is not None:
+            squares_U = squares_U.where(admitted_U, 0.0)
+            sums_R.index_copy_(0, rows_U, sums_U + squares_U)
+            first = torch.zeros(1, dtype=torch.int64, device=device)
+            occurrences = occurrences_U.where(admitted_U, 0).sum().view(1)
+            totals.add(first, squares_U.sum().view(1), occurrences)
+        totals.on_halving(lambda _: counts_R.bitwise_right_shift_(1))
+        totals.on_halving(lambda _: sums_R.mul_(0.5))
+        totals.end_step()
         state[TABLE_TOTALS].copy_(totals.values[0])
         state[ROW_COUNTER_AGE].copy_(totals.ages)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimizer.
+        """Loads a state of this class, of version 0.2, or of row-wise Adagrad's ``momentum1``.
+
+        See :meth:`torch.optim.Optimizer.load_state_dict`.
 
         Raises:
             ValueError: the state of another optimizer or version, or a damaged one.
@@ -176,36 +197,53 @@ class FrequencySGD(torch.optim.Optimizer):
         for key, param in zip(saved, params, strict=True):
             if key in states:
                 # The base class casts states to the type of the parameter.
-                state = {name: value.clone() for name, value in states[key].items()}
-                for name in (ROW_COUNTER, TABLE_TOTALS):
-                    state[name] = state[name].to(param.device)
-                self.state[param] = state
+                self.state[param] = _completed(states[key], param)
 
 
-def _trained_rows(grad: Tensor, config: FrequencyConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with a gradient that is not 0, how often each occurred, and its gradient.
+def _completed(state: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+    """A copy of a saved state for a parameter, with what it lacks."""
+    rows = len(param)
+    table = TableState(
+        counts=state.get(ROW_COUNTER, torch.zeros(rows, dtype=torch.int32)).cpu(),
+        sums=state.get(MOMENTUM, torch.zeros(rows)).to("cpu", torch.float32).view(rows, 1),
+        totals=state.get(TABLE_TOTALS, totals_of(0, 0)).cpu(),
+        age=int(state.get(ROW_COUNTER_AGE, 0)),
+    )
+    if ROW_COUNTER not in state:
+        table = with_counts_of_sums(table)
+    elif int(table.totals[0]) == OLD_FORMAT:
+        table = with_sums_of_counts(table)
+    return {
+        MOMENTUM: table.sums[:, 0].to(param.device, copy=True),
+        ROW_COUNTER: table.counts.to(param.device, torch.int32, copy=True),
+        TABLE_TOTALS: table.totals.to(param.device, copy=True),
+        ROW_COUNTER_AGE: torch.tensor([table.age]),
+    }
+
+
+def _distinct_rows(grad: Tensor, config: FrequencyConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a gradient, how often each occurred, and its gradient.
 
     Raises:
-        RuntimeError: the gradient does not show what ``config.count`` needs.
+        RuntimeError: the gradient does not show how often rows occurred.
     """
     if not grad.is_sparse:
         rows_U = grad.any(dim=1).nonzero().squeeze(1)
         if config.count == "samples" and len(rows_U):
             raise RuntimeError(
                 "a dense gradient shows which rows occurred, not how often. Build the table "
-                "with sparse=True, shard it with TorchRec, or use count='batches'."
+                "with sparse=True, or shard it with TorchRec."
             )
         return rows_U, torch.ones_like(rows_U, dtype=torch.int32), grad.index_select(0, rows_U)
     # torch calls a gradient of one lookup coalesced, too: it is taken for one.
     if grad.is_coalesced() and config.count == "samples" and grad._nnz() > 1:
         raise RuntimeError(
             "the sparse gradient is coalesced, which loses how often each row occurred. Do not "
-            "coalesce or clip it before step(), or use count='batches'."
+            "coalesce or clip it before step()."
         )
     rows_L, grad_LD = grad._indices()[0], grad._values()
-    trained_L = grad_LD.ne(0).any(dim=1)
-    rows_U, inverse_L = rows_L[trained_L].unique(return_inverse=True)
+    rows_U, inverse_L = rows_L.unique(return_inverse=True)
     occurrences_U = torch.zeros_like(rows_U, dtype=torch.int32)
     occurrences_U.scatter_add_(0, inverse_L, torch.ones_like(inverse_L, dtype=torch.int32))
     grad_UD = grad_LD.new_zeros(len(rows_U), grad_LD.shape[1])
-    return rows_U, occurrences_U, grad_UD.index_add_(0, inverse_L, grad_LD[trained_L])
+    return rows_U, occurrences_U, grad_UD.index_add_(0, inverse_L, grad_LD)

@@ -1,28 +1,32 @@
 r"""The update rule, as pure functions of tensors.
 
-A row :math:`i` of table :math:`t` that occurs :math:`k_i` times in the global batch, with the
-gradient :math:`g_i` (of the mean loss of the global batch, summed over the occurrences):
+Row :math:`i` of table :math:`t` occurs :math:`k_i` times in the step's global batch and has the
+gradient :math:`g_i` (of the mean loss of the global batch, summed over the occurrences). Its count
+:math:`c_i` and its sum of squares :math:`A_i` are those before the step:
 
 .. math::
-    c_i &\leftarrow c_i + k_i \\
-    P_i &= G_t \, c_i / C_t \\
-    v_i &= \tfrac12 \left(P_i + \mathrm{own\_weight} \cdot \mathrm{mean}_d(g_i^2)\right) \\
+    \rho_t &= G_t / C_t \\
+    b_i &= \mathrm{prior\_count} / (c_i + \mathrm{prior\_count}) \\
+    v_i &= (1 - b_i) A_i + b_i \rho_t (c_i + 1) + \mathrm{mean}_d(g_i^2) \\
     w_i &\leftarrow w_i - \frac{\mathrm{lr}}{\sqrt{v_i} + \mathrm{eps}} \, g_i \\
-    G_t &\leftarrow G_t + \textstyle\sum_i \mathrm{mean}_d(g_i^2), \qquad
-    C_t \leftarrow C_t + \textstyle\sum_i k_i
+    A_i &\leftarrow A_i + \mathrm{mean}_d(g_i^2), \qquad c_i \leftarrow c_i + k_i
 
-It is row-wise Adagrad whose sum of squares of a row is replaced by the table's sum times the row's
-share of the occurrences, and whose steps are softly clipped by the row's own square. The rate is
-that of FA-SGD, proportional to :math:`1 / \sqrt{p_i}` with :math:`p_i = c_i / C_t`, and its
-constant is that of AdaGrad-Norm, found by the data.
+In a sampled step, which stands for :math:`n` steps,
+
+.. math::
+    G_t \leftarrow G_t + n \min\left(\textstyle\sum_i \mathrm{mean}_d(g_i^2), \mathrm{cap}_t\right),
+    \qquad C_t \leftarrow C_t + n \textstyle\sum_i k_i
+
+This is row-wise Adagrad, except that the sum of squares of a young row is mostly what the table
+predicts for its count: :math:`\rho_t` is the mean square of an occurrence. For a rare row the rate
+is that of FA-SGD, proportional to :math:`1 / \sqrt{c_i}`; for a row with a history it is Adagrad's.
 
 Sources: Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable Benefits",
-ICLR 2022 (FA-SGD, and counter-based SGD, which is ``normalize=None``); Ward, Wu, Bottou, "AdaGrad
-stepsizes: sharp convergence over nonconvex landscapes", ICML 2019 (AdaGrad-Norm). The own square is
-this package's.
+ICLR 2022 (FA-SGD, and counter-based SGD, which is ``normalize=None``); Duchi, Hazan, Singer,
+"Adaptive subgradient methods", JMLR 2011. The mixture is this package's.
 
 Shape suffixes in this package: ``_L`` lookups (ids) of a batch, ``_R`` rows, ``_T`` tables, ``_F``
-features, ``_B`` bags, ``_D`` columns, ``_S`` features of all tables of a sharded module.
+features, ``_B`` bags, ``_D`` columns, ``_U`` distinct rows of a batch.
 """
 
 from __future__ import annotations
@@ -39,38 +43,71 @@ _KERNEL_UNIT: Final = 2.0**96
 """What a count of 1 weighs in FBGEMM's sum of squares under the paper's rule. Beside it the row's
 own square vanishes in float32, up to gradients of 7e10, and 2^30 counts still fit."""
 
-SQUARE_LIMIT: Final = 1000.0
-"""An occurrence adds at most this many times the mean to its table's sum of squares."""
+FIRST_STEPS: Final = 64
+"""Steps at the start of a history that are all sampled."""
+SAMPLED_SHARE: Final = 8
+"""After that one step in so many is sampled, and stands for as many."""
 
 
-def squares_per_count(squares: Tensor, counts: Tensor) -> Tensor:
-    r""":math:`G_t / C_t`, elementwise, in the type of ``squares``; 0 where ``counts`` is 0.
+def sample_weight(step: int) -> int:
+    """How many steps the table's sums take this one for: 0 where it is not sampled.
+
+    The sampled steps are spread by a multiple of the golden ratio. They have no period, so a task
+    that trains every 2nd, 4th or 8th step is sampled as often as any other.
+
+    Args:
+        step: its number, from 0.
+    """
+    if step < FIRST_STEPS:
+        return 1
+    return SAMPLED_SHARE if step * 2654435761 % 2**32 < 2**32 // SAMPLED_SHARE else 0
+
+
+def mean_square(squares: Tensor, counts: Tensor) -> Tensor:
+    r""":math:`\rho_t = G_t / C_t` as float32, elementwise; 0 where ``counts`` is 0.
 
     Args:
         squares: [...] :math:`G_t`, at least 0.
         counts: [...] :math:`C_t`, at least 0.
     """
-    return (squares / counts).nan_to_num_(nan=0.0, posinf=0.0)
+    return (squares / counts).nan_to_num_(nan=0.0, posinf=0.0).to(torch.float32)
 
 
-def predicted_squares(counts: Tensor, per_count: Tensor) -> Tensor:
-    r""":math:`P_i = G_t c_i / C_t`: what a row of this count has had of its table's squares.
+def prior_change(config: FrequencyConfig, counts: Tensor, sums: Tensor, rho: Tensor) -> Tensor:
+    r""":math:`b_i (\rho_t (c_i + 1) - A_i)`: what the table's prediction adds to a row's own sum.
 
     Args:
-        counts: [...] :math:`c_i`, this step included, any dtype.
-        per_count: [...] float32 :math:`G_t / C_t` of the row's table, before this step.
+        counts: [...] :math:`c_i`, any dtype.
+        sums: [...] float32 :math:`A_i`.
+        rho: float32 :math:`\rho_t`, of a shape that expands to that of ``counts``.
 
     Returns:
         [...] float32.
     """
-    return per_count * counts
+    if config.prior_count == 0:
+        return torch.zeros_like(sums)
+    counts = counts.to(torch.float32, copy=True)
+    if config.prior_count == math.inf:
+        return torch.addcmul(rho, counts, rho).sub_(sums)
+    scaled = rho * config.prior_count
+    change = torch.addcmul(scaled, counts, scaled).sub_(sums, alpha=config.prior_count)
+    return change.div_(counts.add_(config.prior_count))
+
+
+def prior_squares(config: FrequencyConfig, counts: Tensor, sums: Tensor, rho: Tensor) -> Tensor:
+    r""":math:`(1 - b_i) A_i + b_i \rho_t (c_i + 1)`: :math:`v_i` without the square of the step.
+
+    Args and result as of :func:`prior_change`.
+    """
+    return sums + prior_change(config, counts, sums, rho)
 
 
 def row_multiplier(
     config: FrequencyConfig,
     counts: Tensor,
+    sums: Tensor | None = None,
+    rho: Tensor | None = None,
     squares: Tensor | None = None,
-    per_count: Tensor | None = None,
 ) -> Tensor:
     r"""What ``lr`` and the gradient of a row are multiplied by, elementwise.
 
@@ -78,64 +115,62 @@ def row_multiplier(
         \left(\sqrt{v_i} + \mathrm{eps}\right)^{-1}, \qquad\text{or, with normalize=None,}\qquad
         \left(\sqrt{\max(c_i, \mathrm{min\_count})} + \mathrm{eps}\right)^{-1}
 
+    and 0 where admit is not reached.
+
     Args:
         config: the rule's constants.
-        counts: [...] :math:`c_i`, this step included, any dtype.
-        squares: [...] :math:`\mathrm{mean}_d(g_i^2)`; not used where ``config.normalize`` is None.
-        per_count: [...] :math:`G_t / C_t` before this step; likewise.
-
-    Returns:
-        [...] float32, at least 0, and finite where the gradient is.
-    """
-    if config.normalize is None:
-        root = counts.to(torch.float32).clamp(min=config.min_count).sqrt_()
-    else:
-        assert squares is not None and per_count is not None
-        own = squares.to(torch.float32) * config.own_weight
-        root = (predicted_squares(counts, per_count) + own).mul_(0.5).sqrt_()
-    return root.add_(config.eps).reciprocal_()
-
-
-def entering_squares(squares: Tensor, occurrences: Tensor, limit: Tensor) -> Tensor:
-    """What each occurrence of a row adds to the sum of its table, elementwise.
-
-    What is not finite adds nothing, and the rest at most ``limit``, so that no single row slows its
-    table for good.
-
-    Args:
-        squares: [...] float32, mean square of the row's gradient.
-        occurrences: [...] how often the row occurred in the step; of 0 comes 0.
-        limit: [...] float32, ``SQUARE_LIMIT`` times what an occurrence had on average so far;
-            infinite where there was none.
+        counts: [...] :math:`c_i`, any dtype: before the step, with ``normalize=None`` with it.
+        sums: [...] float32 :math:`A_i` before the step; not used with ``normalize=None``.
+        rho: float32 :math:`\rho_t`, of a shape that expands to that of ``counts``; likewise.
+        squares: [...] :math:`\mathrm{mean}_d(g_i^2)`; None takes 0.
 
     Returns:
         [...] float32.
     """
-    each = torch.nan_to_num(squares / occurrences, nan=0.0, posinf=0.0, neginf=0.0)
-    return torch.minimum(each, limit)
+    if config.normalize is None:
+        root = counts.to(torch.float32).clamp(min=config.min_count).sqrt_()
+    else:
+        assert sums is not None and rho is not None
+        root = prior_squares(config, counts, sums, rho)
+        if squares is not None:
+            root += squares
+        root.sqrt_()
+    return root.add_(config.eps).reciprocal_()
+
+
+def step_squares(squares: Tensor, totals: Tensor, steps: Tensor) -> Tensor:
+    r"""What a step adds to :math:`G_t`: its sum of squares, at most a cap, elementwise.
+
+    The cap is three times the mean step so far, or a tenth of :math:`G_t` where that is more, from
+    the 4th step on. What is not finite enters as the mean step, so that one bad gradient slows no
+    other row for long.
+
+    Args:
+        squares: [...] :math:`\sum_i \mathrm{mean}_d(g_i^2)` of the step.
+        totals: [...] :math:`G_t` before it.
+        steps: [...] steps that :math:`G_t` stands for.
+    """
+    mean = (totals / steps).nan_to_num_(nan=0.0, posinf=0.0)
+    cap = torch.maximum(3 * mean, totals / 10).where(steps >= 3, torch.inf)
+    return torch.minimum(squares, cap).where(squares.isfinite(), mean)
 
 
 def kernel_factor(config: FrequencyConfig) -> float:
     r"""What lr and eps are multiplied by where FBGEMM's row-wise Adagrad applies the rule.
 
     Its kernel moves a row by :math:`\mathrm{lr}' g / (\sqrt{m + \mathrm{mean}_d(g^2)} +
-    \mathrm{eps}')`, which is the rule for :math:`m` of :func:`lent_squares` and this factor.
+    \mathrm{eps}')`. With ``normalize=None`` :math:`m` is :func:`kernel_counts`.
     """
-    return math.sqrt(_KERNEL_UNIT if config.normalize is None else 2 / config.own_weight)
+    return math.sqrt(_KERNEL_UNIT) if config.normalize is None else 1.0
 
 
-def lent_squares(config: FrequencyConfig, counts: Tensor, unit: Tensor | None) -> Tensor:
-    """What FBGEMM's row-wise Adagrad is to take for the sums of squares of rows.
+def kernel_counts(config: FrequencyConfig, counts: Tensor) -> Tensor:
+    """The accumulators with which FBGEMM's row-wise Adagrad applies the paper's rule.
 
     Args:
-        counts: [...] this step included, any dtype.
-        unit: [...] float32 ``per_count / own_weight`` of the row's table, with ``per_count`` of
-            :func:`predicted_squares`; None with ``normalize=None``.
+        counts: [...] with this step, any dtype.
 
     Returns:
         [...] float32.
     """
-    if config.normalize is None:
-        return counts.to(torch.float32).clamp_(min=config.min_count).mul_(_KERNEL_UNIT)
-    assert unit is not None
-    return unit * counts
+    return counts.to(torch.float32).clamp_(min=config.min_count).mul_(_KERNEL_UNIT)

@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec_freq.counts.adagrad import counts_of_sums
 
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING, FrequencySGD, adagrad_sums, load_adagrad_sums
 from torchrec_freq import __main__ as command_line
-from torchrec_freq.counts.adagrad import counts_of_sums
 from torchrec_freq.counts.row_state import RowShard, RowState
 from torchrec_freq.sharded.install import frequency_modules
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchrec_freq.engine.counters import count_occurrences_, counted, halve_
 
 from torchrec_freq import COUNT_CEILING
 from torchrec_freq.config import CountMode
 from torchrec_freq.counts.state import check_counts
-from torchrec_freq.engine.counters import count_occurrences_, counted, halve_
 
 
 def count(mode: CountMode, start: list[int], rows: list[int], trained: list[int]) -> list[int]:

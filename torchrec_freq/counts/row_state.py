@@ -26,29 +26,15 @@ class RowShard:
         row_offset: the first of them.
         primary: whether this rank saves them; of replicas, one does.
         tensor: [rows of the shard], the memory itself.
-        copy: copies it, also while a backward has lent the memory; None: it is never lent.
-        claim: ends a loan that a failed backward has left, before the memory is written.
     """
 
     row_offset: int
     primary: bool
     tensor: Tensor
-    copy: Callable[[], Tensor] | None = None
-    claim: Callable[[], object] | None = None
-
-    def writable(self) -> Tensor:
-        """The memory, for loading."""
-        if self.claim is not None:
-            self.claim()
-        return self.tensor
-
-    def read(self) -> Tensor:
-        """What the tensor holds between steps."""
-        return self.tensor if self.copy is None else self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowShard:
         """A copy on the CPU: asynchronous checkpoints are staged by it."""
-        return RowShard(self.row_offset, self.primary, self.read().to("cpu", copy=True))
+        return RowShard(self.row_offset, self.primary, self.tensor.to("cpu", copy=True))
 
 
 class RowState(torch.Tensor):
@@ -64,9 +50,14 @@ class RowState(torch.Tensor):
     Args:
         rows: rows of the whole table.
         shards: the parts on this rank.
+
+    Attributes:
+        on_missing: called with the keys of the table's state that a checkpoint lacks, and others
+            replace; see :func:`torchrec_freq.sharded.loading.drop_missing`.
     """
 
     shards: tuple[RowShard, ...]
+    on_missing: Callable[[frozenset[str]], None] | None = None
 
     @staticmethod
     def __new__(cls, rows: int, shards: Sequence[RowShard]) -> RowState:
@@ -90,7 +81,7 @@ class RowState(torch.Tensor):
         return _map(self, torch.clone)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        parts = [(shard.row_offset, shard.primary, shard.read()) for shard in self.shards]
+        parts = [(shard.row_offset, shard.primary, shard.tensor) for shard in self.shards]
         return _rebuild, (self.shape[0], parts)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -140,9 +131,9 @@ class RowState(torch.Tensor):
         if index.index is not None and index.index < len(filled):
             shard = filled[index.index]
             if index.offset is None or shard.row_offset == index.offset[0]:
-                return shard.writable()
+                return shard.tensor
         assert index.offset is not None
-        return next(s.writable() for s in filled if s.row_offset == index.offset[0])
+        return next(s.tensor for s in filled if s.row_offset == index.offset[0])
 
     def _layout(self) -> list[tuple[int, int]]:
         return [(shard.row_offset, shard.tensor.numel()) for shard in self.shards]
@@ -159,7 +150,7 @@ _COPIES: Final = {
 
 
 def _map(state: RowState, function: Callable[[Tensor], Tensor]) -> RowState:
-    shards = [RowShard(s.row_offset, s.primary, function(s.read())) for s in state.shards]
+    shards = [RowShard(s.row_offset, s.primary, function(s.tensor)) for s in state.shards]
     return RowState(state.shape[0], shards)
 
 
@@ -177,10 +168,10 @@ def _copy(target: RowState, source: Tensor) -> RowState:
             )
         for shard, other in zip(target.shards, source.shards, strict=True):
             if shard.tensor.data_ptr() != other.tensor.data_ptr():
-                shard.writable().copy_(other.read())
+                shard.tensor.copy_(other.tensor)
     else:
         for shard in target.shards:
-            shard.writable().copy_(source.narrow(0, shard.row_offset, shard.tensor.numel()))
+            shard.tensor.copy_(source.narrow(0, shard.row_offset, shard.tensor.numel()))
     return target
 
 

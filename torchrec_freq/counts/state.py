@@ -17,14 +17,20 @@ COUNT_CEILING: Final = 2**30
 ROW_COUNTER: Final = "row_counter"
 """int32 [rows] of the whole table, under every sharding plan."""
 
+MOMENTUM: Final = "momentum1"
+"""float32: row-wise Adagrad's sums of squares, in the form that TorchRec gives them. Column shards
+have sums of their own, which lie one behind the other."""
+
 TABLE_TOTALS: Final = "table_totals"
-"""float64 [4]: ``STATE_FORMAT``, the sum of squares, the sum of counts, the occurrences that the
-squares stand for."""
+"""float64 [4]: ``STATE_FORMAT``, the sum of squares, the sum of occurrences, and the steps that the
+sums stand for."""
 
 ROW_COUNTER_AGE: Final = "row_counter_age"
-"""int64 [1]: steps since the counts were last halved."""
+"""int64 [1]: steps since counts and sums were last halved."""
 
-STATE_FORMAT: Final = 2
+STATE_FORMAT: Final = 3
+OLD_FORMAT: Final = 2
+"""That of version 0.2: no ``momentum1``; a row's sum is its share of the table's, by its count."""
 TOTALS: Final = 4
 
 # Of a sharded collection: what the user called the optimizer, the collection's path, the table.
@@ -36,37 +42,34 @@ _SHARDED: Final = re.compile(
 
 @dataclass(frozen=True)
 class TableState:
-    """What a whole table has learned about its rows.
+    """What a whole table has learned about its rows, on the CPU, whatever its plan.
 
     Attributes:
-        counts: int64 [rows], on the CPU.
-        totals: float64 [4], on the CPU: the row of ``TableTotals.values``.
-        age: steps since the counts were last halved.
+        counts: int32 [rows] occurrences of each.
+        sums: float32 [rows, shards] sum of squares of each, for each column shard; [rows, 1] where
+            the columns are not split.
+        totals: float64 [4], see ``TABLE_TOTALS``.
+        age: steps since counts and sums were last halved.
+        widths: columns of each shard; () where the columns are not split.
     """
 
     counts: Tensor
+    sums: Tensor
     totals: Tensor
-    age: int
+    age: int = 0
+    widths: tuple[int, ...] = ()
+
+    def row_sums(self) -> Tensor:
+        """float32 [rows]: the sums of the whole rows, which are means over the columns."""
+        if len(self.widths) < 2:
+            return self.sums[:, 0]
+        shares = torch.tensor(self.widths, dtype=torch.float32) / sum(self.widths)
+        return self.sums @ shares
 
 
-def totals_of(
-    squares: float, count: float, rows_seen: float, occurrences: float | None = None
-) -> Tensor:
-    """The totals of a table whose squares come with counts.
-
-    Args:
-        squares: sum of the mean squares of the rows' gradients.
-        count: sum of the counts.
-        rows_seen: rows with a count.
-        occurrences: that the squares stand for; None where that is not known. Each row with a count
-            had one: the limit of what an occurrence adds is then too large at first, never too
-            small.
-
-    Returns:
-        float64 [4].
-    """
-    known = rows_seen if occurrences is None else occurrences
-    return torch.tensor([STATE_FORMAT, squares, count, known], dtype=torch.float64)
+def totals_of(squares: float, count: float, steps: float = 0) -> Tensor:
+    """float64 [4]: the totals of a table, see ``TABLE_TOTALS``."""
+    return torch.tensor([STATE_FORMAT, squares, count, steps], dtype=torch.float64)
 
 
 def check_form(table: str, what: str, values_R: Tensor) -> None:
@@ -124,7 +127,7 @@ def table_names(stems: Sequence[str]) -> list[str]:
 
 
 def check_state(table: str, states: Mapping[str, Any], rows: int) -> None:
-    """Refuses what cannot be a table's state.
+    """Refuses what cannot be a table's state: ours, version 0.2's, or row-wise Adagrad's.
 
     Args:
         states: by key without the table's name.
@@ -138,20 +141,21 @@ def check_state(table: str, states: Mapping[str, Any], rows: int) -> None:
         "torchrec_freq.load_row_counts(model, counts), or start from zero by doing nothing."
     )
     if ROW_COUNTER not in states:
+        if MOMENTUM in states:
+            return
         raise ValueError(
-            f"The optimizer state has no row counters of {table!r} ({ROW_COUNTER}): it is not one "
-            f"of FrequencySGD. {advice}"
+            f"The optimizer state of {table!r} has neither {ROW_COUNTER} nor {MOMENTUM}: it is "
+            f"neither FrequencySGD's nor row-wise Adagrad's. {advice}"
         )
     if TABLE_TOTALS not in states or ROW_COUNTER_AGE not in states:
         raise ValueError(
-            f"The optimizer state of {table!r} is of torchrec_freq 0.1: it has no {TABLE_TOTALS}. "
-            "Load the model's weights and the row counters alone, and give these to "
-            "torchrec_freq.load_row_counts(model, counts); docs/checkpoints.md shows how."
+            f"The optimizer state of {table!r} is of torchrec_freq 0.1 (no {TABLE_TOTALS}), which "
+            f"this version does not read. {advice}"
         )
     counts, totals = states[ROW_COUNTER], states[TABLE_TOTALS]
     numbers, age = f"{TABLE_TOTALS} are {totals.tolist()}", int(states[ROW_COUNTER_AGE])
     wrong = None
-    if tuple(totals.shape) != (TOTALS,) or float(totals[0]) != STATE_FORMAT:
+    if tuple(totals.shape) != (TOTALS,) or float(totals[0]) not in (OLD_FORMAT, STATE_FORMAT):
         wrong = f"{numbers}, not of format {STATE_FORMAT}: damaged, or of a later version (upgrade)"
     elif not are_totals(totals):
         wrong = f"{numbers}; they must be finite and at least 0"

@@ -21,23 +21,22 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.engine.counters import added, count_occurrences_, counted
-from torchrec_freq.engine.counting import CountingTBE, only_lr_and_eps
-from torchrec_freq.engine.lookups import Batch
-from torchrec_freq.engine.turn import used_here
-from torchrec_freq.rule import entering_squares, row_multiplier
+from torchrec_freq.counts.state import COUNT_CEILING
+from torchrec_freq.engine.counting import CountingTBE
+from torchrec_freq.engine.tbe import only
+from torchrec_freq.rule import row_multiplier
 
 
 class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
     """FBGEMM's dense table-batched embedding, updated by the rule in DDP's backward.
 
-    Its counts and totals are equal on every rank.
+    Its counts, sums and totals are equal on every rank.
     """
 
-    _counts: Tensor
+    _sums: Tensor
     _process_group: dist.ProcessGroup | None
     _occurrences: list[tuple[Tensor, dist.Work | None]]
-    _bag_starts_F: Tensor | None
+    _bags_F: Tensor | None
 
     @classmethod
     def adopt(
@@ -53,9 +52,8 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             raise TypeError(f"cannot adopt a {type(tbe).__name__}: the engine knows only FBGEMM's")
         tbe.__class__ = cls
         assert isinstance(tbe, cls)
-        rows = sum(spec[0] for spec in tbe.embedding_specs)
-        tbe._counts = torch.zeros(rows, dtype=torch.int32, device=tbe.weights.device)
         tbe._start(frequency, feature_table_map, tbe.weights.device)
+        tbe._sums = torch.zeros_like(tbe.counts, dtype=torch.float32)
         tbe.learning_rate = learning_rate
         ranks = 1 if process_group is None else process_group.size()
         tbe._process_group = process_group if ranks > 1 else None
@@ -64,9 +62,9 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
         return tbe
 
     @property
-    def counts(self) -> Tensor:
-        """int32 [rows of all tables]: the memory itself."""
-        return self._counts
+    def sums(self) -> Tensor:
+        """float32 [rows of all tables]: what row-wise Adagrad would have in ``momentum1``."""
+        return self._sums
 
     def set_learning_rate(self, lr: float) -> None:
         """Learning rate of the next steps."""
@@ -80,9 +78,9 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
         """As FBGEMM's fused TBE has it, for lr and eps.
 
         Raises:
-            ValueError: another parameter, which the rule would ignore.
+            ValueError: another parameter, which would be ignored.
         """
-        only_lr_and_eps(params_dict)
+        only({"lr", "eps"}, params_dict)
         self.learning_rate = params_dict.get("lr", self.learning_rate)
         eps = params_dict.get("eps", self.frequency.eps)
         self.frequency = dataclasses.replace(self.frequency, eps=eps)
@@ -90,19 +88,19 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
     def _generate_vbe_metadata(self, *args: object, **kwargs: object) -> object:
         # The stock forward keeps it no longer than it needs it.
         metadata = super()._generate_vbe_metadata(*args, **kwargs)
-        self._bag_starts_F = metadata.B_offsets
+        self._bags_F = metadata.B_offsets
         return metadata
 
-    def _watch(self, node: Any, batch: Batch) -> None:
-        batch.bag_starts_F = self._bag_starts_F
-        node.register_prehook(lambda grads: self._count(batch, grads[0]))
+    def _watch(self, node: Any, indices: Tensor, offsets: Tensor) -> None:
+        bags_F = self._bags_F
+        node.register_prehook(lambda _: self._count(indices, offsets, bags_F))
 
     @torch.no_grad()
-    def _count(self, batch: Batch, grad: Tensor | None) -> None:
+    def _count(self, ids_L: Tensor, offsets_B: Tensor, bags_F: Tensor | None) -> None:
         """Starts to count the global batch; it is applied when DDP has averaged the gradient."""
-        lookups = self.layout.of(batch, grad)
-        occurrences_R = torch.zeros_like(self._counts)
-        count_occurrences_(occurrences_R, lookups.rows_L, lookups.trained_L)
+        rows_L = self.features.look_up(ids_L, offsets_B, bags_F).rows_L
+        occurrences_R = torch.zeros_like(self.counts)
+        occurrences_R.scatter_add_(0, rows_L, torch.ones_like(rows_L, dtype=torch.int32))
         work = None
         if self._process_group is not None:
             work = dist.all_reduce(occurrences_R, group=self._process_group, async_op=True)
@@ -116,39 +114,48 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             gradient: that of ``weights``, averaged over the ranks.
         """
         backwards, self._occurrences = self._occurrences, []
-        occurrences_R = torch.zeros_like(self._counts)
+        occurrences_R = torch.zeros_like(self.counts)
         for part_R, work in backwards:
             if work is not None:
                 work.wait()
-            occurrences_R += used_here(part_R)  # DDP calls this on a stream of its own
-        with self._turn:
-            self._apply_all(gradient, occurrences_R)
-            for _ in backwards:
-                self.totals.end_backward(self._aged)
-
-    def _apply_all(self, gradient: Tensor, occurrences_R: Tensor) -> None:
-        config = self.frequency
-        per_count_T, limit_T = self.totals.rates()
-        after_R = counted(config.count, self._counts, self._counts + occurrences_R)
+            if part_R.is_cuda:  # DDP calls this on a stream of its own
+                part_R.record_stream(torch.cuda.current_stream(part_R.device))
+            occurrences_R += part_R
         for table, (rows, dim) in enumerate(self.embedding_specs):
-            position = self._members[table].position
             start = self.weights_physical_offsets[table]
             weight_RD = self.weights.narrow(0, start, rows * dim).view(rows, dim)
             gradient_RD = gradient.narrow(0, start, rows * dim).view(rows, dim)
-            squares_R = gradient_RD.to(torch.float32).square().mean(dim=1)
-            counts_R, k_R = self._table(after_R, table), self._table(occurrences_R, table)
-            multiplier_R = row_multiplier(
-                config, counts_R, squares_R, per_count_T.narrow(0, position, 1)
-            )
-            # In float32 at least: the multiplier may be more than float16 holds.
-            weight_RD.sub_(gradient_RD * multiplier_R.unsqueeze(1), alpha=self.learning_rate)
-            if config.normalize is None:
-                squares_R.zero_()
-            entering_R = entering_squares(squares_R, k_R, limit_T.narrow(0, position, 1)) * k_R
-            sums = [entering_R.sum(), added(config.count, k_R).sum(), k_R.sum()]
-            slot = self._slot_F.narrow(0, self.layout.feature_table_map.index(table), 1)
-            self.totals.add(slot, *(total.view(1) for total in sums), replicated=True)
-        self._counts += after_R - self._counts
+            self._update(table, weight_RD, gradient_RD, self.rows_of(table, occurrences_R))
+        if self.frequency.count != "frozen":
+            self.counts.add_(occurrences_R).clamp_(max=COUNT_CEILING)
+        if backwards:
+            self.totals.end_step()
+
+    def _update(
+        self, table: int, weight_RD: Tensor, gradient_RD: Tensor, occurrences_R: Tensor
+    ) -> None:
+        config, position = self.frequency, self._members[table].position
+        counts_R, sums_R = self.rows_of(table, self.counts), self.rows_of(table, self.sums)
+        squares_R = gradient_RD.to(torch.float32).square().mean(dim=1)
+        after_R = counts_R if config.count == "frozen" else counts_R + occurrences_R
+        multiplier_R = row_multiplier(
+            config,
+            after_R if config.normalize is None else counts_R,
+            sums_R,
+            self.totals.rho().narrow(0, position, 1),
+            squares_R,
+        )
+        admitted_R = after_R >= config.admit
+        multiplier_R, squares_R = multiplier_R * admitted_R, squares_R.where(admitted_R, 0.0)
+        # In float32 at least: the multiplier may be more than float16 holds.
+        weight_RD.sub_(gradient_RD * multiplier_R.unsqueeze(1), alpha=self.learning_rate)
+        if config.normalize is None:
+            return
+        sums_R += squares_R
+        if self.totals.sampled():
+            position_1 = self._position_F.new_full((1,), position)
+            occurred_R = occurrences_R.where(admitted_R, 0)
+            self.totals.add(position_1, squares_R.sum().view(1), occurred_R.sum().view(1))
 
 
 def average_and_apply(

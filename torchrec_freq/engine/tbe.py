@@ -1,42 +1,54 @@
-"""The engine: counters lent to FBGEMM's row-wise Adagrad as its sums of squares.
+"""The engine: FBGEMM's row-wise Adagrad, told how much the table's prediction adds to each sum.
 
-FBGEMM's kernel keeps one float a row, ``momentum1``, adds ``mean(g^2)`` of the step to it, and
-divides lr by its root. Between steps the memory of that float holds our int32 count of the row. In
-a backward, on the autograd node of the lookup:
+FBGEMM's kernel keeps a row's sum of squares in ``momentum1``, adds ``mean(g^2)`` of the step to it,
+and divides lr by its root. Its memory holds the row's own sum, as in row-wise Adagrad; the counts
+are a buffer beside it. In a backward, on the autograd node of the lookup:
 
-1. before the kernel (:meth:`FrequencyTBE._lend`): the batch's rows are counted, and what the rule
-   predicts for each is written where the kernel will look for its sum of squares;
+1. before the kernel (:meth:`FrequencyTBE._predict`): the batch is counted, and what the rule adds
+   to each row's own sum is added in ``momentum1``;
 2. the kernel updates the weights by it, and adds the square of each row's gradient;
-3. after the kernel (:meth:`FrequencyTBE._settle`): what it added goes to the tables' totals, and
-   the counts are written back.
+3. after the kernel (:meth:`FrequencyTBE._restore`): what the rule added is taken out again. In a
+   sampled step the squares go to the table's totals.
 
-A kernel that fails leaves the loan open; whoever comes next closes it, which brings back the counts
-of before.
+A kernel that fails leaves the batch counted, and a mixture of two estimates as its rows' sums. A
+reader in the middle of a backward sees the same. Neither does harm.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    DoesNotHavePrefix,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.engine.counters import count_occurrences_
-from torchrec_freq.engine.counting import CountingTBE, only_lr_and_eps
-from torchrec_freq.engine.fused import fused
-from torchrec_freq.engine.loans import Loan, entering, lent
-from torchrec_freq.engine.lookups import Batch
-from torchrec_freq.rule import kernel_factor
+from torchrec_freq.counts.state import COUNT_CEILING
+from torchrec_freq.engine.counting import CountingTBE
+from torchrec_freq.engine.lookups import Lookups
+from torchrec_freq.rule import kernel_counts, kernel_factor, prior_change
 
 _MOMENTUM: Final = ("momentum1_dev", "momentum1_host")
+
+
+@dataclass
+class _Step:
+    """A batch between the two hooks of its backward.
+
+    Attributes:
+        counts_L: the counts before the batch; None where nobody will ask.
+        change_L: what was added to each row's sum; None where nothing was.
+    """
+
+    lookups: Lookups
+    counts_L: Tensor | None = None
+    own_L: Tensor | None = None
+    change_L: Tensor | None = None
 
 
 class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
@@ -49,12 +61,12 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         frequency: the rule's settings.
 
     Raises:
-        ValueError: an FBGEMM option that the rule would silently ignore.
+        ValueError: an FBGEMM option that the device's kernel would silently ignore.
     """
 
     def __init__(self, *args: Any, frequency: FrequencyConfig, **kwargs: Any) -> None:
         super().__init__(*args, **stock_options(frequency), **kwargs)
-        self._lend_memory(frequency)
+        self._begin(frequency)
 
     @classmethod
     def adopt(
@@ -65,104 +77,111 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             raise TypeError(f"cannot adopt a {type(tbe).__name__}: the engine knows only FBGEMM's")
         tbe.__class__ = cls
         assert isinstance(tbe, cls)
-        tbe._lend_memory(frequency)
+        tbe._begin(frequency)
         return tbe
 
-    def _lend_memory(self, frequency: FrequencyConfig) -> None:
+    def _begin(self, frequency: FrequencyConfig) -> None:
         if self.optimizer != EmbOptimType.EXACT_ROWWISE_ADAGRAD:
             raise ValueError(f"the engine runs on EXACT_ROWWISE_ADAGRAD, not on {self.optimizer}")
-        if self.optimizer_args.gradient_clipping:
+        if self.use_cpu and self.optimizer_args.gradient_clipping:
             raise ValueError(
-                "gradient_clipping=True: FBGEMM's CPU kernel ignores it, so the rule would depend "
-                "on the device; set it to False"
+                "gradient_clipping=True: FBGEMM's CPU kernel ignores it. Set it to False, or train "
+                "on a GPU."
             )
-        self._loan: Loan | None = None
         self._factor = kernel_factor(frequency)
+        self.register_buffer("counts", None)
         self._start(frequency, self.feature_table_map, self.current_device)
-        self.counts.zero_()
         self._set_learning_rate(self.learning_rate_tensor.item())
 
     @property
-    def _momentum(self) -> Tensor:
-        """float32 [rows]. Anew each time: modules move their storage; ``.data``: past autograd."""
+    def sums(self) -> Tensor:
+        """float32 [rows of all tables]: ``momentum1``."""
+        # Each time: modules move its storage. ``.data``: autograd need not know.
         name = _MOMENTUM[1] if self.momentum1_host.numel() else _MOMENTUM[0]
         momentum: Tensor = getattr(self, name)
         return momentum.data
 
-    @property
-    def counts(self) -> Tensor:
-        """int32 [rows of all tables]: the memory of the kernel's sums of squares."""
-        return self._momentum.view(torch.int32)
-
-    def _watch(self, node: Any, batch: Batch) -> None:
-        # Bounds-checked by the stock forward, and overwritten by the next one.
-        batch.indices, batch.offsets = self._indices, self._offsets
-        batch.bag_starts_F = self._vbe_B_offsets
-        node.register_prehook(lambda grads: self._lend(batch, grads[0]))
-        node.register_hook(lambda *_: self._settle())
+    def _watch(self, node: Any, indices: Tensor, offsets: Tensor) -> None:
+        # Bounds-checked by the stock forward, which makes others in the next one.
+        ids_L, offsets_B, bags_F = self._indices, self._offsets, self._vbe_B_offsets
+        steps: list[_Step] = []
+        node.register_prehook(lambda _: steps.append(self._predict(ids_L, offsets_B, bags_F)))
+        node.register_hook(lambda *_: self._restore(steps.pop()))
 
     @torch.no_grad()
-    def _lend(self, batch: Batch, grad: Tensor | None) -> None:
-        """Counts a batch, and writes what the rule predicts where the kernel reads."""
-        with self._turn:
-            if self._loan is not None and self._loan.thread != threading.get_ident():
-                raise RuntimeError(
-                    "A backward of these tables is under way in another thread, or has failed "
-                    "there: their memory is lent to one at a time. Train them in one thread."
-                )
-            self._close_loan()
-            per_count_T, _ = self.totals.rates()
-            lookups = self.layout.of(batch, grad)
-            counts_R, rows_L = self.counts, lookups.rows_L
-            before_L = counts_R.index_select(0, rows_L)
-            self._loan = loan = Loan(lookups, before_L)
-            count_occurrences_(counts_R, rows_L, lookups.trained_L)
-            loan.after_L, loan.occurrences_L, loan.lent_L = fused(lent)(
-                *(self.frequency, counts_R, rows_L, lookups.feature_L, before_L),
-                self._of_features(per_count_T),
-            )
-            # Equal rows write equal values, so the order of the writes does not matter.
-            self._momentum.scatter_(0, rows_L, loan.lent_L)
+    def _predict(self, ids_L: Tensor, offsets_B: Tensor, bags_F: Tensor | None) -> _Step:
+        """Counts a batch, and adds to its rows' sums what the rule predicts beside them."""
+        self.totals.end_with_backward()
+        config, counts_R, sums_R = self.frequency, self.counts, self.sums
+        lookups = self.features.look_up(ids_L, offsets_B, bags_F)
+        rows_L = lookups.rows_L
+        step = _Step(lookups)
+        if config.normalize is None:
+            self._count(rows_L)
+            accumulators_L = kernel_counts(config, counts_R.index_select(0, rows_L))
+            sums_R.scatter_(0, rows_L, self._admitted(rows_L, accumulators_L))
+            return step
+        if config.prior_count == 0 and config.admit == 1:
+            self._count(rows_L)
+            return step
+        step.counts_L = counts_R.index_select(0, rows_L)
+        self._count(rows_L)
+        step.own_L = sums_R.index_select(0, rows_L)
+        step.change_L = prior_change(
+            config,
+            lookups.by_feature(step.counts_L),
+            lookups.by_feature(step.own_L),
+            lookups.spread(self.rho_F()),
+        ).view(-1)
+        # Equal rows write equal values, so the order of the writes does not matter.
+        sums_R.scatter_(0, rows_L, self._admitted(rows_L, step.own_L + step.change_L))
+        return step
+
+    def _count(self, rows_L: Tensor) -> None:
+        if self.frequency.count != "frozen":
+            ones_L = torch.ones_like(rows_L, dtype=torch.int32)
+            self.counts.scatter_add_(0, rows_L, ones_L)
+
+    def _admitted(self, rows_L: Tensor, sums_L: Tensor) -> Tensor:
+        """The sums, infinite for rows that are not admitted: the kernel does not move them."""
+        if self.frequency.admit == 1:
+            return sums_L
+        return sums_L.masked_fill_(self._waiting(rows_L), torch.inf)
+
+    def _waiting(self, rows_L: Tensor) -> Tensor:
+        """bool [lookups]: the row has not occurred often enough, this batch included."""
+        return self.counts.index_select(0, rows_L) < self.frequency.admit
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Takes what the kernel added to the totals, and writes the counts back."""
-        with self._turn:
-            loan = self._loan
-            if loan is None:  # closed by somebody in between
-                return
-            assert loan.lent_L is not None
-            assert loan.after_L is not None and loan.occurrences_L is not None
-            counts_R, lookups = self.counts, loan.lookups
-            _, limit_T = self.totals.rates()
-            entering_L = fused(entering)(
-                self.frequency,
-                counts_R,
-                *(lookups.rows_L, lookups.feature_L, lookups.trained_L),
-                *(loan.occurrences_L, loan.lent_L),
-                self._of_features(limit_T),
-            )
-            counts_R.scatter_(0, lookups.rows_L, loan.after_L)
-            self._loan = None
-            self._add_totals(lookups, entering_L, loan.occurrences_L)
-            if lookups.touched_F is not None:
-                self._partial.append(loan)
-            self.totals.end_backward(self._aged)
+    def _restore(self, step: _Step) -> None:
+        """Takes what the rule added out of the sums; in a sampled step adds to the totals."""
+        if step.change_L is None:
+            return
+        assert step.own_L is not None and step.counts_L is not None
+        rows_L, sums_R = step.lookups.rows_L, self.sums
+        sums_L = sums_R.index_select(0, rows_L).sub_(step.change_L)
+        if self.frequency.admit > 1:
+            sums_L = torch.where(self._waiting(rows_L), step.own_L, sums_L)
+        sums_R.scatter_(0, rows_L, sums_L)
+        if self.totals.sampled():
+            self._sample(step, sums_L.sub_(step.own_L))
 
-    def _close_loan(self) -> None:
-        with self._turn:
-            loan, self._loan = self._loan, None
-            if loan is not None:
-                self.counts.scatter_(0, loan.lookups.rows_L, loan.before_L)
-
-    def settled_counts(self, table: int) -> Tensor:
-        """int32 [rows] copy of the counts of a table, also while a backward is under way."""
-        with self._turn:
-            if self._loan is None:
-                return super().settled_counts(table)
-            counts_R = self.counts.clone()
-            counts_R.scatter_(0, self._loan.lookups.rows_L, self._loan.before_L)
-            return self._table(counts_R, table)
+    def _sample(self, step: _Step, squares_L: Tensor) -> None:
+        """Adds the squares of a batch's rows, each once, and its occurrences to the totals."""
+        lookups, rows_L, counts_L = step.lookups, step.lookups.rows_L, step.counts_L
+        assert counts_L is not None
+        after_L = self.counts.index_select(0, rows_L)
+        squares_L.div_(after_L - counts_L)
+        occurrences_F = lookups.lengths()
+        if self.frequency.admit > 1:
+            occurrences_F = lookups.sum((after_L >= self.frequency.admit).float())
+        self.totals.add(
+            self._position_F,
+            lookups.sum(squares_L) * self._share_F,
+            occurrences_F * self._primary_F,
+        )
+        # Often enough: no batch has 2^30 lookups.
+        self.counts.scatter_(0, rows_L, after_L.clamp_(max=COUNT_CEILING))
 
     def _set_learning_rate(self, lr: float) -> float:
         """The rate of the next forward; the kernel's is larger by a constant of the rule."""
@@ -175,52 +194,31 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         return self._learning_rate
 
     def update_hyper_parameters(self, params_dict: dict[str, float]) -> None:
-        """As FBGEMM's, for lr and eps.
+        """As FBGEMM's, for what the kernel honours.
 
         Raises:
-            ValueError: another parameter, which the rule would ignore.
+            ValueError: another parameter, which would be ignored.
         """
-        only_lr_and_eps(params_dict)
+        known = {"lr", "eps"} if self.use_cpu else {"lr", "eps", "weight_decay"}
+        only(known, params_dict)
         scaled = {k: v * self._factor if k == "eps" else v for k, v in params_dict.items()}
         super().update_hyper_parameters(scaled)
 
-    def split_optimizer_states(self) -> list[list[Tensor]]:
-        """[tables][1] int32 [rows]: copies of the counts."""
-        return [[self.settled_counts(table)] for table in range(len(self.embedding_specs))]
-
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:
-        """Empty: TorchRec takes the counts from elsewhere."""
-        return []
-
-    def get_states(self, prefix: str) -> Any:
-        """As FBGEMM's, of the weights."""
-        if prefix == "momentum1":
-            raise DoesNotHavePrefix()
-        return super().get_states(prefix)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._close_loan()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key in (prefix + name for name in _MOMENTUM if prefix + name in destination):
-            destination[key] = destination[key].detach().view(torch.int32)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self._close_loan()
-        keys = {prefix + name for name in _MOMENTUM}
-        counts = {k: v.view(torch.float32) for k, v in state_dict.items() if k in keys}
-        super()._load_from_state_dict({**state_dict, **counts}, prefix, *args)
+        """As FBGEMM's row-wise Adagrad's; the paper's rule has no sums, and uses their memory."""
+        if self.frequency.normalize is None:
+            return [{} for _ in self.embedding_specs]
+        state: list[dict[str, Tensor]] = super().get_optimizer_state()
+        return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves or casts the module: the counts move, and stay whole numbers."""
-        self._close_loan()
-        counts_R = self.counts.clone()
+        """Moves or casts the module; sums stay float32, which the kernel wants, and exact."""
+        exact = {name: getattr(self, name).data.clone() for name in _MOMENTUM}
         super()._apply(fn, recurse)
-        moved = self._momentum
-        if moved.dtype != torch.float32:
-            name = _MOMENTUM[1] if self.momentum1_host.numel() else _MOMENTUM[0]
-            getattr(self, name).data = torch.empty_like(moved, dtype=torch.float32)
-        if not counts_R.is_meta:
-            self.counts.copy_(counts_R)
+        for name, values in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                moved.data = values.to(moved.device)
         return self
 
     def reset_embedding_weight_momentum(
@@ -230,7 +228,7 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         logical_table_ids: Tensor,
         buffer_ids: Tensor,
     ) -> None:
-        """Forgets rows that now stand for other ids, as FBGEMM does for its own optimizer states.
+        """Forgets rows that now stand for other ids: their counts and sums, and on a GPU weights.
 
         Args:
             pruned_indices: rows within their tables, in parts.
@@ -238,17 +236,29 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             logical_table_ids: a feature of each table that has evictions.
             buffer_ids: the part of each.
         """
-        with self._turn:
-            self._close_loan()
-            if not self.use_cpu:  # FBGEMM has it on GPUs only
-                super().reset_embedding_weight_momentum(
-                    pruned_indices, pruned_indices_offsets, logical_table_ids, buffer_ids
-                )
-            bounds = pruned_indices_offsets.tolist()
-            for feature, part in zip(logical_table_ids.tolist(), buffer_ids.tolist(), strict=True):
-                evicted = pruned_indices[bounds[part] : bounds[part + 1]].to(self.current_device)
-                rows = evicted.to(torch.int64) + self.layout.first_row_F[feature]
-                self.counts.index_fill_(0, rows, 0)
+        if not self.use_cpu:  # FBGEMM has it on GPUs only
+            super().reset_embedding_weight_momentum(
+                pruned_indices, pruned_indices_offsets, logical_table_ids, buffer_ids
+            )
+        bounds = pruned_indices_offsets.tolist()
+        for feature, part in zip(logical_table_ids.tolist(), buffer_ids.tolist(), strict=True):
+            evicted = pruned_indices[bounds[part] : bounds[part + 1]].to(self.current_device)
+            rows = evicted.to(torch.int64) + self.features.first_row_F[feature]
+            self.counts.index_fill_(0, rows, 0)
+            self.sums.index_fill_(0, rows, 0.0)
+
+
+def only(known: set[str], params: dict[str, float]) -> None:
+    """Refuses hyperparameters that the rule does not have.
+
+    Raises:
+        ValueError: names them.
+    """
+    if foreign := params.keys() - known:
+        raise ValueError(
+            f"FrequencySGD has no {', '.join(sorted(foreign))} here: only "
+            f"{', '.join(sorted(known))}."
+        )
 
 
 def stock_options(frequency: FrequencyConfig) -> dict[str, Any]:

@@ -1,269 +1,137 @@
-"""What a table's rows have had together: sums of squares and counts, the same on every rank."""
+"""The sums of each table over its rows: squares and occurrences, the same on every rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import threshold
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import STATE_FORMAT, TOTALS
-from torchrec_freq.engine.fused import fused
-from torchrec_freq.engine.turn import Turn, used_here
-from torchrec_freq.rule import SQUARE_LIMIT, squares_per_count
-
-HOLD_STEPS: Final = 1 << 22
-"""Steps since the last halving from which on float32 does not show a row's square beside what the
-row has had: the sums then go on as they went so far."""
-
-
-@dataclass(frozen=True)
-class TotalsTable:
-    """A table as :class:`TableTotals` sees it.
-
-    Attributes:
-        features: how many look it up.
-        config: the rule's settings.
-        split_columns: whether shards hold parts of its columns.
-    """
-
-    features: int
-    config: FrequencyConfig
-    split_columns: bool = False
-
-
-@dataclass
-class _Exchange:
-    """What the shards added in a step, while it is summed over the ranks.
-
-    Attributes:
-        held: tables whose squares are not taken from it.
-        due: tables to halve once it is there.
-    """
-
-    added: Tensor
-    work: dist.Work | None
-    held: Sequence[int]
-    due: Sequence[int]
+from torchrec_freq.rule import mean_square, sample_weight, step_squares
 
 
 class TableTotals:
-    r"""For each table :math:`G_t`, :math:`C_t` and the occurrences that :math:`G_t` stands for.
+    r""":math:`G_t`, :math:`C_t` and the steps that they stand for, of some tables.
 
-    A step's shards add what they saw; :meth:`advance` starts the next step. The sums over the ranks
-    are exchanged while that one runs, and are awaited when its first backward needs them. They are
-    those of all earlier steps, whatever the sharding plan.
+    In a sampled step the shards of a table add what they saw. At the end of its backward the sums
+    go over the ranks, once for all tables. So between steps everything here is of the same moment,
+    and nothing is pending.
 
     Args:
-        tables: in the same order on every rank.
+        configs: the rule's settings for each table, in the same order on every rank.
         device: where the gradients are.
-        process_group: the ranks whose shards add to the same table; None where every table lies
-            whole on one rank, or where there is one process.
+        group: the ranks whose shards add to the same tables; None where each table lies whole on
+            one rank, or where there is one process.
+
+    Attributes:
+        values: float64 [tables, 4] on the device: ``STATE_FORMAT``, :math:`G_t`, :math:`C_t` and the
+            steps that they stand for. May be written between steps.
+        ages: int64 [tables] on the CPU: steps since each table was last halved. They say which
+            steps are sampled. May be written between steps.
     """
 
+    @torch.inference_mode(False)  # what is made here is trained with, whoever asks for it
     def __init__(
         self,
-        tables: Sequence[TotalsTable],
+        configs: Sequence[FrequencyConfig],
         device: torch.device | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._tables = list(tables)
-        features = [table.features for table in tables]
-        self._values = torch.zeros(len(features), TOTALS, dtype=torch.float64, device=device)
-        self._values.select(1, 0).fill_(STATE_FORMAT)
-        # Squares, counts and occurrences of each feature; for split columns, whether it had a
-        # gradient in any of them.
-        self._fractions = any(table.config.count == "batches" for table in tables)
-        self._split = any(table.split_columns for table in tables)
-        numbers = 4 if self._split else 3
-        self._added = self._values.new_zeros(sum(features), numbers)
-        self._exchange: _Exchange | None = None
-        self._group = process_group
-        self._replica = process_group is not None and process_group.rank() > 0
-        self._table_of_slot = torch.tensor(
-            [index for index, count in enumerate(features) for _ in range(count)],
-            dtype=torch.int64,
-            device=device,
-        )
-        self._rates: tuple[Tensor, Tensor] | None = None
-        self._turn = Turn()
-        self._listeners: list[Callable[[Tensor | None, Sequence[int]], None]] = []
-        # numpy: its elements cost a step less.
-        self._ages = numpy.zeros(len(features), dtype=numpy.int64)
-        self.pending = False
+        self._half_lives = [config.half_life for config in configs]
+        self._group = group
+        # Row-wise Adagrad and the paper's rule go without.
+        self._wanted = any(c.normalize is not None and c.prior_count > 0 for c in configs)
+        self.values = torch.zeros(len(configs), TOTALS, dtype=torch.float64, device=device)
+        self.values.select(1, 0).fill_(STATE_FORMAT)
+        self.ages = torch.zeros(len(configs), dtype=torch.int64)
+        self._added = self.values.new_zeros(len(configs), 2)
+        self._rho: tuple[int, Tensor] | None = None
+        self._halve: list[Callable[[int], None]] = []
+        self._backward: int | None = None
+        self._stream: Any = None
 
-    @property
-    def tables(self) -> int:
-        """How many they are."""
-        return len(self._tables)
+    def on_halving(self, halve: Callable[[int], None]) -> None:
+        """Calls ``halve`` with each table whose half-life is over."""
+        self._halve.append(halve)
 
-    def slots(self, table: int) -> range:
-        """Positions, in what is added, of the features of a table."""
-        first = sum(other.features for other in self._tables[:table])
-        return range(first, first + self._tables[table].features)
+    def rho(self) -> Tensor:
+        r"""float32 [tables]: :math:`\rho_t = G_t / C_t`."""
+        version = self.values._version
+        if self._rho is None or self._rho[0] != version:
+            _, squares_T, counts_T, _ = self.values.unbind(1)
+            self._rho = version, mean_square(squares_T, counts_T)
+        return self._rho[1]
 
-    def listen(self, listener: Callable[[Tensor | None, Sequence[int]], None]) -> None:
-        """Calls ``listener`` when a step's sums are known, before anybody sees them.
+    def sampled(self) -> bool:
+        """Whether this step's sums are wanted."""
+        return self._wanted and any(map(sample_weight, set(self.ages.tolist())))
+
+    def add(self, position_F: Tensor, squares_F: Tensor, occurrences_F: Tensor) -> None:
+        """Adds what a shard saw in a backward of a sampled step.
 
         Args:
-            listener: is given bool [slots], true for features that had a gradient in no column
-                (None: no table has split columns), and the tables whose counts are to be halved.
-        """
-        self._listeners.append(listener)
-
-    @property
-    def ages(self) -> Tensor:
-        """int64 [tables], on the CPU: steps since the counts of each table were last halved.
-
-        May be written.
-        """
-        return torch.from_numpy(self._ages)
-
-    @property
-    def values(self) -> Tensor:
-        """float64 [tables, 4]: ``STATE_FORMAT``, :math:`G_t`, :math:`C_t`, occurrences.
-
-        Of all steps before the last :meth:`advance`. May be written.
-        """
-        with self._turn:
-            self._merge()
-            self._rates = None  # somebody may write them
-            return self._values
-
-    def rates(self) -> tuple[Tensor, Tensor]:
-        """float32 [tables] each: ``per_count`` and ``limit``, as :mod:`torchrec_freq.rule` says."""
-        with self._turn:
-            self._merge()
-            if self._rates is None:
-                self._rates = fused(_rates)(self._values)
-            return self._rates
-
-    def add(
-        self,
-        slots_F: Tensor,
-        squares_F: Tensor,
-        counts_F: Tensor,
-        occurrences_F: Tensor,
-        touched_F: Tensor | None = None,
-        *,
-        replicated: bool = False,
-    ) -> None:
-        """Adds what a shard saw in one backward.
-
-        Args:
-            slots_F: int64 [features], see :meth:`slots`.
+            position_F: int64 [features] table of each.
             squares_F: [features] sum over the rows of the mean square, over all columns of the
                 table, of the shard's part of the gradient.
-            counts_F: [features] what was added to the counts.
-            occurrences_F: [features] trained occurrences, as many times as squares have entered.
-            touched_F: [features] not 0 where a column had a gradient; for split columns.
-            replicated: every rank adds the same.
+            occurrences_F: [features] occurrences that the squares are of.
         """
-        if replicated and self._replica:
+        step_F2 = torch.stack([squares_F.double(), occurrences_F.double()], dim=1)
+        self._added.index_add_(0, position_F, step_F2)
+
+    def end_with_backward(self) -> None:
+        """Ends the step when the backward that is under way has ended.
+
+        All ranks must call it in the same backwards. By then each has issued the other exchanges of
+        the backward, so this one comes at the same place on every rank.
+        """
+        backward = torch._C._current_graph_task_id()
+        if self._backward == backward:
             return
-        if not self._split:
-            touched_F = None
-        elif touched_F is None:
-            touched_F = occurrences_F
-        step_F = fused(_step)(squares_F, counts_F, occurrences_F, touched_F)
-        with self._turn:
-            self.pending |= self._group is None
-            self._added.index_add_(0, slots_F, step_F)
+        self._backward = backward
+        if self.values.is_cuda:
+            # Where what has been added so far was computed.
+            self._stream = torch.cuda.current_stream(self.values.device)
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
 
-    def end_backward(self, tables: Sequence[int]) -> None:
-        """Ends a backward of the tables: they are a step older."""
-        with self._turn:
-            self._ages[tables] += 1
+    def _end(self) -> None:
+        if self._stream is None:
+            self.end_step()
+            return
+        with torch.cuda.stream(self._stream):
+            self.end_step()
+        torch.cuda.current_stream(self.values.device).wait_stream(self._stream)
 
-    @torch.inference_mode(False)  # what is made here is trained with, whoever asks for it
-    def advance(self) -> None:
-        """Starts a step. Where ranks share tables all must call it, in the same order.
-
-        No device and no rank waits for the others here.
-        """
-        with self._turn:
-            self._merge()
-            added, self._added = self._added, self._added.new_zeros(self._added.shape)
-            work = None
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Takes in what was added, over all ranks, and ages. No device waits for its host."""
+        ages = self.ages.tolist()
+        weights = [sample_weight(age) for age in ages]
+        if self._wanted and any(weights):
             if self._group is not None:
-                work = dist.all_reduce(added, group=self._group, async_op=True)
-            held = numpy.flatnonzero(self._ages > HOLD_STEPS).tolist()
-            self._exchange = _Exchange(added, work, held, self._due())
-            self.pending = True
+                dist.all_reduce(self._added, group=self._group, async_op=True).wait()
+            self._take_in(weights)
+        self.ages += 1
+        for table, half_life in enumerate(self._half_lives):
+            if half_life is not None and ages[table] + 1 >= half_life:
+                self.ages[table] = 0
+                self.values[table, 1:] *= 0.5
+                for halve in self._halve:
+                    halve(table)
 
-    def settle(self) -> None:
-        """Takes in what was added since the last :meth:`advance`.
-
-        Where ranks share tables all must call it.
-        """
-        with self._turn:
-            # What other ranks have added since, this one does not know.
-            if self.pending or self._group is not None:
-                self.advance()
-                self.pending = False
-            self._merge()
-
-    def _merge(self) -> None:
-        if self._exchange is None:
-            return
-        exchange, self._exchange = self._exchange, None
-        added = exchange.added
-        if exchange.work is not None:
-            exchange.work.wait()  # on a GPU this makes the stream wait, not the host
-            added = used_here(added)
-        untouched_S = None
-        if self._split:
-            untouched_S = added.select(1, 3) == 0
-            added = added.narrow(1, 0, 3).masked_fill(untouched_S.unsqueeze(1), 0.0)
-        step_T = added
-        if len(added) > len(self._tables):
-            step_T = added.new_zeros(len(self._tables), 3).index_add_(0, self._table_of_slot, added)
-        if self._fractions:  # a row that occurs k times has added 1/k each time
-            step_T.select(1, 1).round_()
-        for table in exchange.held:
-            _, squares, _, occurrences = self._values.select(0, table).unbind()
-            step = step_T.select(0, table)
-            step.select(0, 0).copy_(squares_per_count(squares, occurrences) * step.select(0, 2))
-        self._values.narrow(1, 1, 3).add_(step_T)
-        for table in exchange.due:
-            self._values.select(0, table).narrow(0, 1, 3).mul_(0.5)
-        self._rates = None
-        for listener in self._listeners:
-            listener(untouched_S, exchange.due)
-
-    def _due(self) -> list[int]:
-        """Tables whose half-life is over; their ages start anew."""
-        due = []
-        for index, table in enumerate(self._tables):
-            age, half_life = self._ages[index], table.config.half_life
-            if half_life is not None and age >= half_life:
-                self._ages[index] = (age - half_life) % half_life
-                due.append(index)
-        return due
-
-
-def _rates(values_T: Tensor) -> tuple[Tensor, Tensor]:
-    """``per_count`` and ``limit`` of :attr:`TableTotals.values`; elementwise, few kernels."""
-    squares_T1, parts_T2 = values_T.narrow(1, 1, 1), values_T.narrow(1, 2, 2)
-    per_count_T, mean_T = squares_per_count(squares_T1, parts_T2).to(torch.float32).unbind(1)
-    return per_count_T, threshold(SQUARE_LIMIT * mean_T, 0.0, torch.inf)
-
-
-def _step(
-    squares_F: Tensor, counts_F: Tensor, occurrences_F: Tensor, touched_F: Tensor | None
-) -> Tensor:
-    """float64 [features, 3], or 4 with ``touched_F``."""
-    many_F = occurrences_F.to(torch.float64)
-    numbers = [squares_F, counts_F, occurrences_F]
-    if touched_F is not None:
-        numbers.append(touched_F)
-    return torch.stack(
-        [many_F if number is occurrences_F else number.to(torch.float64) for number in numbers],
-        dim=1,
-    )
+    def _take_in(self, weights: Sequence[int]) -> None:
+        _, total_T, _, steps_T = self.values.unbind(1)
+        squares_T, occurrences_T = self._added.unbind(1)
+        entering_T = step_squares(squares_T, total_T, steps_T)
+        seen_T = occurrences_T > 0
+        step_T3 = torch.stack([entering_T * seen_T, occurrences_T, seen_T.double()], dim=1)
+        if len(set(weights)) == 1:
+            self.values.narrow(1, 1, 3).add_(step_T3, alpha=weights[0])
+        else:
+            # Tables of different ages, as after loading one of them.
+            weight_T = torch.tensor(weights, dtype=torch.float64, device=self.values.device)
+            self.values.narrow(1, 1, 3).addcmul_(step_T3, weight_T.unsqueeze(1))
+        self._added.zero_()

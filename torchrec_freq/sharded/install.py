@@ -6,11 +6,11 @@ What a new TorchRec version could move is named here, in :mod:`torchrec_freq.sha
 - ``_OPTIMIZER_CLASS_TO_EMB_OPT_TYPE`` takes the class;
 - ``_create_embedding_kernel`` of the two grouped lookups makes our kernels for our tables;
 - ``ShardedEmbeddingBagCollection`` and ``ShardedEmbeddingCollection`` are where every rank sees
-  every table: there we refuse, before anything is built, join the shards of a table, and start each
-  step of their totals, in the methods that every forward comes through;
-- ``KeyedOptimizer.load_state_dict`` says what to do about the state of another optimizer;
-- ``EmbeddingStorageEstimator`` counts the bytes of the counters in every plan;
-- ``ModelDeltaTrackerTrec`` does not take counts for momentum;
+  every table: there we refuse, before anything is built, and join the shards of a table;
+- ``KeyedOptimizer.load_state_dict`` and DCP's ``DefaultLoadPlanner`` read what row-wise Adagrad and
+  version 0.2 have saved (:mod:`torchrec_freq.sharded.loading`);
+- ``EmbeddingStorageEstimator`` counts the bytes of sums and counters in every plan;
+- zero-collision collections name the tables whose rows they evict by a feature;
 - ``DMPCollection.sync`` averages counts and totals over the sharding groups.
 """
 
@@ -24,6 +24,8 @@ from typing import Any, Final
 import torch
 import torchrec.distributed.utils as torchrec_utils
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection, get_ec_index_dedup
 from torchrec.distributed.embedding_lookup import (
@@ -32,8 +34,10 @@ from torchrec.distributed.embedding_lookup import (
 )
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.mc_embedding_modules import (
+    BaseShardedManagedCollisionEmbeddingCollection,
+)
 from torchrec.distributed.model_parallel import DMPCollection
-from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.planner import stats as planner_stats
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ShardingOption, Storage
@@ -41,21 +45,21 @@ from torchrec.distributed.types import ShardingEnv2D
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.counts.state import ROW_COUNTER, check_state
-from torchrec_freq.engine.counting import NOT_COMPILED
+from torchrec_freq.engine.counting import CountingTBE
 from torchrec_freq.engine.replicated import average_and_apply
 from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.sharded.kernels import (
     FrequencyEmbedding,
     FrequencyEmbeddingBag,
-    ModuleOptimizer,
     ReplicatedEmbedding,
     ReplicatedEmbeddingBag,
+    add_states,
     local_shards,
     our_kernels,
-    settle,
+    without_shards,
 )
+from torchrec_freq.sharded.loading import complete, drop_missing, mark, marked
 from torchrec_freq.sharded.opt_in import (
     find_tables,
     is_frequency,
@@ -65,8 +69,8 @@ from torchrec_freq.sharded.opt_in import (
 )
 from torchrec_freq.sharded.tables import FrequencyTables
 
-COUNTER_BYTES: Final = 4
-"""Bytes of a row's counter."""
+ROW_BYTES: Final = 8
+"""Bytes of a row's state: its sum of squares and its counter."""
 
 _TABLES: Final = "_frequency_tables"
 # Names that DistributedModelParallel and DDP put in front of a module's own path.
@@ -92,9 +96,9 @@ def install() -> None:
     )
     _wrap_sharded(ShardedEmbeddingBagCollection)
     _wrap_sharded(ShardedEmbeddingCollection)
-    _wrap_state_dicts()
+    _wrap_loading()
     _wrap_planner()
-    _wrap_delta_tracker()
+    _wrap_eviction()
     _wrap_sync()
     optimizers[FrequencySGD] = FrequencyConfig()
 
@@ -143,7 +147,8 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         given = signature.bind(self, *args, **kwargs).arguments
         plan = given["table_name_to_parameter_sharding"]
         shared = given.get("fused_params") or {}
-        tables = find_tables(given["module"], shared, plan, given["env"])
+        env, device = given["env"], given.get("device")
+        tables = find_tables(given["module"], shared, plan, env, device)
         if not tables:
             stock_init(self, *args, **kwargs)
             return
@@ -152,14 +157,13 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         ):
             refuse_index_dedup(tables)
         # nn.Module's own __setattr__ does not work before its __init__.
-        env = given["env"]
         if isinstance(env, ShardingEnv2D):
             handle = FrequencyTables(tables, env.sharding_pg, env.replica_pg)
         else:
             handle = FrequencyTables(tables, env.process_group)
         self.__dict__[_TABLES] = handle
         stock_init(self, *args, **kwargs)
-        ModuleOptimizer.adopt(self._optim, handle)
+        mark(self._optim, handle)
         for lookup in self._lookups:
             if isinstance(lookup, DistributedDataParallel) and our_kernels([lookup]):
                 lookup.register_comm_hook(env.process_group, average_and_apply)
@@ -170,88 +174,57 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         handle = self.__dict__.get(_TABLES)
         if handle is not None:
             handle.attach(local_shards(self._lookups, handle.rank), self._device)
-            for kernel in our_kernels(self._lookups):
-                kernel.fused_optimizer.tables = handle
+            add_states(self._lookups, handle)
+            for lookup in without_shards(self._lookups):
+                # It takes part in the backward of the output's exchange, so it sees each step.
+                lookup._dummy_embs_tensor.register_hook(lambda _: handle.totals.end_with_backward())
 
     def update_shards(self: Any, *args: Any, **kwargs: Any) -> None:
         handle = self.__dict__.get(_TABLES)
         if handle is None:
             stock_update(self, *args, **kwargs)
             return
-        # TorchRec would move our state as if it were a row-wise Adagrad's.
+        # TorchRec moves states that are sharded as the weights are; ours it must not find.
         states = {name: handle.read(name) for name in handle.tables}
-        handle.moving = True
-        try:
-            stock_update(self, *args, **kwargs)
-        finally:
-            handle.moving = False
-        ModuleOptimizer.adopt(self._optim, handle)
+        for kernel in our_kernels(self._lookups):
+            for state in kernel.fused_optimizer.state.values():
+                state.clear()
+        stock_update(self, *args, **kwargs)
+        mark(self._optim, handle)
         for name, state in states.items():
             handle.load(name, state)
 
-    # Pipelines call these instead of the module; they do not call each other.
-    for name in ("compute", "compute_and_output_dist"):
-        setattr(sharded, name, _stepped(getattr(sharded, name)))
     sharded.__init__ = init
     sharded._create_lookups = create_lookups
     if stock_update is not None:
         sharded.update_shards = functools.wraps(stock_update)(update_shards)
 
 
-def _stepped(stock: Any) -> Any:
-    """A method that begins a forward, with a step of the totals begun before it."""
+def _wrap_loading() -> None:
+    stock_load = KeyedOptimizer.load_state_dict
+    stock_plan = DefaultLoadPlanner.create_local_plan
 
-    @functools.wraps(stock)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = self.__dict__.get(_TABLES)
-        if handle is not None and torch.is_grad_enabled():
-            _advance(handle)
-        return stock(self, *args, **kwargs)
-
-    return run
-
-
-@torch.compiler.disable(reason=NOT_COMPILED)
-def _advance(handle: FrequencyTables) -> None:
-    handle.begin_step()
-
-
-def _wrap_state_dicts() -> None:
-    """TorchRec refuses a state that is not ours by its size; we say what it is and what to do.
-
-    A wrapper within a combined optimizer has kept the state of when it was made: views of ours,
-    which the last step may still have to enter.
-    """
-    stock, stock_state_dict = KeyedOptimizer.load_state_dict, KeyedOptimizer.state_dict
-
-    @functools.wraps(stock_state_dict)
-    def get_state_dict(self: KeyedOptimizer) -> dict[str, Any]:
-        settle(self)
-        result: dict[str, Any] = stock_state_dict(self)
-        return result
-
-    @functools.wraps(stock)
+    @functools.wraps(stock_load)
     def load_state_dict(self: KeyedOptimizer, state_dict: Mapping[str, Any]) -> None:
-        settle(self)
-        states = self.state  # a combined optimizer merges those of its parts at each access
-        for key, weight in self.params.items():
-            for name, ours in states.get(weight, {}).items():
-                table, _, state = name.rpartition(".")
-                if state == ROW_COUNTER:
-                    given = state_dict["state"].get(key, {})
-                    given = {n.removeprefix(f"{table}."): v for n, v in given.items()}
-                    check_state(table, given, ours.shape[0])
-        stock(self, state_dict)
+        stock_load(self, complete(self, state_dict))
+        for handle in marked(self):
+            handle.finish_load()
 
-    KeyedOptimizer.state_dict = get_state_dict
+    @functools.wraps(stock_plan)
+    def create_local_plan(self: DefaultLoadPlanner) -> LoadPlan:
+        if self.metadata is not None:
+            self.state_dict = drop_missing(self.state_dict, self.metadata)
+        return stock_plan(self)
+
     KeyedOptimizer.load_state_dict = load_state_dict
+    DefaultLoadPlanner.create_local_plan = create_local_plan
 
 
 def _wrap_planner() -> None:
     """TorchRec takes an optimizer that it does not know for a second table; ours has counters.
 
-    A shard of ``r`` rows has counters of ``4 r`` bytes, whatever its columns and type, beside the
-    table: in HBM on a GPU, also for tables in host memory (UVM); in host memory on a CPU.
+    A shard of ``r`` rows has ``8 r`` bytes of sums and counters, whatever its columns and type,
+    beside the table: in HBM on a GPU, also for tables in host memory (UVM); in host memory on a CPU.
     """
     stock = EmbeddingStorageEstimator.estimate
     stock_multiplier = planner_stats._get_optimizer_multipler
@@ -268,7 +241,7 @@ def _wrap_planner() -> None:
         on_device = self._topology.compute_device != "cpu"
         for option in ours:
             for shard in option.shards:
-                counters = COUNTER_BYTES * shard.size[0]
+                counters = ROW_BYTES * shard.size[0]
                 shard.storage += Storage(
                     hbm=counters if on_device else 0, ddr=0 if on_device else counters
                 )
@@ -276,7 +249,7 @@ def _wrap_planner() -> None:
     @functools.wraps(stock_multiplier)
     def multiplier(optimizer_class: Any, shape: torch.Size) -> float:
         if optimizer_class is FrequencySGD:
-            return 1 / int(shape[-1])  # as of row-wise Adagrad: exact for float32
+            return ROW_BYTES / (4 * int(shape[-1]))  # exact for float32
         result: float = stock_multiplier(optimizer_class, shape)
         return result
 
@@ -284,24 +257,24 @@ def _wrap_planner() -> None:
     planner_stats._get_optimizer_multipler = multiplier
 
 
-def _wrap_delta_tracker() -> None:
-    """TorchRec's tracker of changes reads the sums of squares, where our counts are."""
-    stock = ModelDeltaTrackerTrec.record_momentum
+def _wrap_eviction() -> None:
+    """FBGEMM resets the rows of a feature's table; TorchRec hands it the number of a table."""
+    collection = BaseShardedManagedCollisionEmbeddingCollection
+    stock = collection.__init__
 
     @functools.wraps(stock)
-    def record_momentum(self: Any, emb_module: Any, kjt: Any) -> None:
-        if isinstance(emb_module.emb_module, FrequencyTBE):
-            raise ValueError(
-                "ModelDeltaTracker: FrequencySGD has no momentum to track. Track embeddings "
-                "(TrackingMode.EMBEDDING), or the row counts (TrackingMode.ROWWISE_ADAGRAD)."
-            )
-        stock(self, emb_module, kjt)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        for name, (tbe, table) in self._table_to_tbe_and_index.items():
+            if isinstance(tbe, CountingTBE):
+                feature = tbe.features.tables.index(int(table))
+                self._table_to_tbe_and_index[name] = tbe, torch.full_like(table, feature)
 
-    ModelDeltaTrackerTrec.record_momentum = record_momentum
+    collection.__init__ = init
 
 
 def _wrap_sync() -> None:
-    """TorchRec's 2D parallelism averages what it takes for sums of squares: ours has none."""
+    """TorchRec's 2D parallelism averages weights and sums; we do counts and totals."""
     stock_sync, stock_cache = DMPCollection.sync, DMPCollection._cache_sync_tensors
 
     @functools.wraps(stock_cache)

@@ -12,13 +12,12 @@ from torchrec.distributed.batched_embedding_kernel import (
     BatchedDenseEmbeddingBag,
     BatchedFusedEmbedding,
     BatchedFusedEmbeddingBag,
-    EmbeddingFusedOptimizer,
 )
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
-from torchrec.optim.keyed import CombinedOptimizer
 
 from torchrec_freq.config import FrequencyConfig, pop_config
+from torchrec_freq.counts.state import MOMENTUM
 from torchrec_freq.engine.replicated import ReplicatedTBE
 from torchrec_freq.engine.tbe import FrequencyTBE, stock_options
 from torchrec_freq.sharded.tables import FrequencyTables, LocalShard
@@ -27,48 +26,14 @@ _FBGEMM_LEARNING_RATE: Final = 0.01
 """What FBGEMM takes where fused params name none."""
 
 
-class _RowStateOptimizer(FusedOptimizer):
-    """A fused optimizer whose state is that of its tables, made anew whenever it is asked for."""
-
-    tables: FrequencyTables | None = None
-    _table_of: Mapping[Any, str] = {}
-
-    @property
-    def state(self) -> dict[Any, dict[str, Any]]:
-        """For each table's weight its state by key; empty until its module is complete."""
-        if self.tables is None or self.tables.moving:
-            return {weight: {} for weight in self._table_of}
-        return {weight: self.tables.state_dict(name) for weight, name in self._table_of.items()}
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        """TorchRec's own state of these tables is empty."""
-
-    def _name_tables(self) -> None:
-        # The module that holds this optimizer will put its own path before these keys.
-        suffix = ".weight"
-        self._table_of = {weight: key.removesuffix(suffix) for key, weight in self.params.items()}
-
-
-class FrequencyFusedOptimizer(_RowStateOptimizer, EmbeddingFusedOptimizer):
-    """TorchRec's fused optimizer, with the counters in its state."""
-
-    @classmethod
-    def adopt(cls, optimizer: EmbeddingFusedOptimizer) -> None:
-        """Turns a stock one into this class in place."""
-        optimizer.__class__ = cls
-        optimizer._name_tables()
-
-
-class ReplicatedFusedOptimizer(_RowStateOptimizer):
+class ReplicatedFusedOptimizer(FusedOptimizer):
     """Hands the learning rate of data-parallel tables to their TBE, as TorchRec's own does."""
 
     def __init__(self, tbe: ReplicatedTBE, parameters: Mapping[str, nn.Parameter]) -> None:
         self._tbe = tbe
         group = {"params": list(parameters.values()), "lr": tbe.learning_rate}
         params = {f"{table}.weight": parameter for table, parameter in parameters.items()}
-        super().__init__(params, {}, [group])
-        self._name_tables()
+        super().__init__(params, {parameter: {} for parameter in parameters.values()}, [group])
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         self.step()
@@ -80,43 +45,6 @@ class ReplicatedFusedOptimizer(_RowStateOptimizer):
         self._tbe.update_hyper_parameters(params_dict)
 
 
-class ModuleOptimizer(CombinedOptimizer):
-    """TorchRec's optimizer of a sharded module, which every rank has, also one without a shard.
-
-    All ranks must ask for its state: what the last step added to the totals is exchanged then.
-    """
-
-    tables: FrequencyTables
-
-    @classmethod
-    def adopt(cls, optimizer: CombinedOptimizer, tables: FrequencyTables) -> None:
-        """Turns a stock one into this class in place."""
-        optimizer.__class__ = cls
-        optimizer.tables = tables
-
-    def settle(self) -> None:
-        """Takes in the last step's totals."""
-        if not self.tables.moving:
-            self.tables.totals.settle()
-
-    @property
-    def state(self) -> Mapping[Any, Any]:
-        """That of its parts."""
-        self.settle()
-        state: Mapping[Any, Any] = super().state
-        return state
-
-
-def settle(optimizer: Any) -> None:
-    """Takes in the last step's totals of all modules that an optimizer stands for."""
-    if isinstance(optimizer, ModuleOptimizer):
-        optimizer.settle()
-    for _, part in getattr(optimizer, "_optims", ()):
-        settle(part)
-    if (wrapped := getattr(optimizer, "_optimizer", None)) is not None:
-        settle(wrapped)
-
-
 class _Fused(FusedOptimizerModule):
     """What the kernels of sharded tables add to TorchRec's fused ones."""
 
@@ -124,7 +52,6 @@ class _Fused(FusedOptimizerModule):
         stock, frequency = _split(config, fused=True)
         super().__init__(stock, **kwargs)
         FrequencyTBE.adopt(self._emb_module, frequency)
-        FrequencyFusedOptimizer.adopt(self._optim)
 
 
 class FrequencyEmbeddingBag(_Fused, BatchedFusedEmbeddingBag):
@@ -170,17 +97,47 @@ def our_kernels(lookups: list[nn.Module]) -> list[Any]:
     ]
 
 
+def add_states(lookups: list[nn.Module], tables: FrequencyTables) -> None:
+    """Adds our states to TorchRec's own in the optimizers of our kernels."""
+    for kernel in our_kernels(lookups):
+        optimizer = kernel.fused_optimizer
+        for key, weight in optimizer.params.items():
+            name, state = key.removesuffix(".weight"), optimizer.state[weight]
+            if kernel.emb_module.frequency.normalize is None:
+                state.pop(f"{name}.{MOMENTUM}", None)  # the paper's rule has no sums
+            state.update(tables.state_dict(name))
+
+
+def without_shards(lookups: list[nn.Module]) -> list[nn.Module]:
+    """The lookups that have no table on this rank."""
+    return [
+        lookup
+        for lookup in lookups
+        if hasattr(lookup, "_dummy_embs_tensor") and not len(lookup._emb_modules)
+    ]
+
+
 def local_shards(lookups: list[nn.Module], rank: int) -> list[LocalShard]:
     """This rank's shards of our tables in freshly made ``lookups``."""
     shards = []
     for kernel in our_kernels(lookups):
         for index, config in enumerate(kernel.config.embedding_tables):
-            columns, row_offset, primary = config.embedding_dim, 0, rank == 0
+            columns, row_offset, column_offset, first = config.embedding_dim, 0, 0, rank == 0
             if config.local_metadata is not None:  # else data parallel: whole on every rank
                 row_offset, column_offset = config.local_metadata.shard_offsets
-                columns, primary = config.local_cols, column_offset == 0
-            tbe = kernel.emb_module
-            shards.append(LocalShard(config.name, row_offset, columns, primary, tbe, index))
+                columns, first = config.local_cols, True
+            shards.append(
+                LocalShard(
+                    table=config.name,
+                    row_offset=row_offset,
+                    column_offset=column_offset,
+                    columns=columns,
+                    primary=column_offset == 0,
+                    first=first,
+                    tbe=kernel.emb_module,
+                    index=index,
+                )
+            )
     return shards
 
 

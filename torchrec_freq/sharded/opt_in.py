@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+import torch
 import torchrec.distributed.utils as torchrec_utils
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import (
@@ -18,17 +19,16 @@ from torchrec.distributed.types import (
     ShardingStrategy,
     ShardingType,
 )
-from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_freq.config import (
     DEFAULT_EPS,
-    DEFAULT_OWN_WEIGHT,
+    DEFAULT_PRIOR_COUNT,
     CountMode,
     FrequencyConfig,
     Normalize,
     check_learning_rate,
+    make_config,
     pop_config,
-    refuse_coherence,
 )
 from torchrec_freq.sharded.tables import Table
 
@@ -37,32 +37,38 @@ _KERNELS: Final = (
     EmbeddingComputeKernel.FUSED_UVM.value,
     EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
 )
-# Options of other fused optimizers, which FBGEMM's row-wise Adagrad ignores, or mixes with ours.
+# Options of row-wise Adagrad that FBGEMM's kernel honours on a GPU, and ignores on a CPU.
+_GPU_OPTIONS: Final = (
+    "gradient_clipping",
+    "max_gradient",
+    "max_norm",
+    "weight_decay",
+    "weight_decay_mode",
+)
+# Options of other fused optimizers, or of row-wise Adagrad's own counters.
 _FOREIGN_OPTIONS: Final = (
     "beta1",
     "beta2",
     "eta",
     "momentum",
-    "weight_decay",
-    "weight_decay_mode",
     "counter_based_regularization",
     "cowclip_regularization",
     "global_weight_decay",
     "optimizer_state_dtypes",
-    "max_norm",
 )
 
 
 def fused_params(
     lr: float,
     *,
-    count: CountMode = "samples",
+    prior_count: float = DEFAULT_PRIOR_COUNT,
     half_life: int | None = None,
-    own_weight: float = DEFAULT_OWN_WEIGHT,
+    admit: int = 1,
     normalize: Normalize | None = "table",
+    count: CountMode = "samples",
     min_count: float = 1,
     eps: float = DEFAULT_EPS,
-    coherence: None = None,
+    **removed: Any,
 ) -> dict[str, Any]:
     """Fused params that opt in all tables of a sharder.
 
@@ -71,24 +77,27 @@ def fused_params(
 
     Args:
         lr: learning rate, at least 0.
-        count, half_life, own_weight, normalize, min_count, eps: see
+        prior_count, half_life, admit, normalize, count, min_count, eps: see
             :class:`torchrec_freq.FrequencyConfig`.
-        coherence: an option of version 0.1; refused.
+        removed: options of earlier versions, to refuse them with what to do instead.
 
     Returns:
         A dict to which FBGEMM's own fused params can be added.
 
     Raises:
-        ValueError: a wrong value.
+        ValueError: a wrong value, or an option that is unknown or was removed.
     """
-    refuse_coherence(coherence)
-    config = FrequencyConfig(
-        count=count,
-        half_life=half_life,
-        own_weight=own_weight,
-        normalize=normalize,
-        min_count=min_count,
-        eps=eps,
+    config = make_config(
+        {
+            "prior_count": prior_count,
+            "half_life": half_life,
+            "admit": admit,
+            "normalize": normalize,
+            "count": count,
+            "min_count": min_count,
+            "eps": eps,
+            **removed,
+        }
     )
     return {"optimizer": config, "learning_rate": check_learning_rate(lr)}
 
@@ -117,7 +126,11 @@ def without_optimizer(parameters: Iterable[Any]) -> Iterator[None]:
 
 
 def find_tables(
-    module: Any, shared: Mapping[str, Any], plan: Mapping[str, ParameterSharding], env: Any
+    module: Any,
+    shared: Mapping[str, Any],
+    plan: Mapping[str, ParameterSharding],
+    env: Any,
+    device: torch.device | None,
 ) -> list[Table]:
     """The tables of an unsharded collection that opted in; refuses, on every rank alike.
 
@@ -125,6 +138,7 @@ def find_tables(
         shared: the sharder's fused params.
         plan: by table.
         env: TorchRec's sharding environment.
+        device: where the tables will be.
 
     Raises:
         ValueError: what the engine cannot do exactly; names the table, what it asked for, and what
@@ -136,46 +150,69 @@ def find_tables(
     else:
         configs, prefix = module.embedding_configs(), "embeddings"
     tables = []
-    for config, outputs in zip(configs, get_embedding_names_by_table(configs), strict=True):
+    for config in configs:
         parameter = parameters.get(f"{prefix}.{config.name}.weight")
         params = _resolve(parameter, shared)
         if not is_frequency(params):
             continue
         frequency = pop_config(params, params.pop("optimizer"))
-        if foreign := [name for name in _FOREIGN_OPTIONS if name in params]:
-            raise ValueError(
-                f"Table {config.name!r}: FrequencySGD has no {', '.join(foreign)}; FBGEMM would "
-                "ignore it, or apply another rule. Take it out of the fused params."
-            )
         _refuse(config.name, plan.get(config.name), env, parameter)
-        rows, columns = config.num_embeddings, config.embedding_dim
-        shards = getattr(plan[config.name].sharding_spec, "shards", None) or []
+        sharding = plan[config.name]
+        _refuse_options(config.name, params, frequency, sharding, device)
+        shards = getattr(sharding.sharding_spec, "shards", None) or []
+        columns = sorted({(s.shard_offsets[1], s.shard_sizes[1]) for s in shards})
         tables.append(
             Table(
                 name=config.name,
-                rows=rows,
-                columns=columns,
-                features=len(outputs),
+                rows=config.num_embeddings,
+                columns=config.embedding_dim,
                 config=frequency,
-                split_columns=any(shard.shard_sizes[1] < columns for shard in shards),
-                split=len(shards) > 1 and len(set(plan[config.name].ranks or [])) > 1,
+                widths=tuple(width for _, width in columns) if len(columns) > 1 else (),
+                split=len(shards) > 1 and len(set(sharding.ranks or [])) > 1,
+                reset=config.init_fn,
             )
         )
     return tables
+
+
+def _refuse_options(
+    name: str,
+    params: Mapping[str, Any],
+    frequency: FrequencyConfig,
+    sharding: ParameterSharding,
+    device: torch.device | None,
+) -> None:
+    if foreign := [option for option in _FOREIGN_OPTIONS if option in params]:
+        raise ValueError(
+            f"Table {name!r}: FrequencySGD has no {', '.join(foreign)}; FBGEMM would ignore it, or "
+            "apply another rule. Where it is meant for other tables, take it out of the sharder's "
+            "fused_params and name their optimizer by parameter, as in "
+            "apply_optimizer_in_backward(Adam, table.parameters(), {'betas': (0.9, 0.99)})."
+        )
+    if not (of_gpu := [option for option in _GPU_OPTIONS if params.get(option)]):
+        return
+    reason = None
+    if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+        reason = "data-parallel tables do not have it"
+    elif device is None or device.type != "cuda":
+        reason = "FBGEMM's kernel ignores it on this device"
+    elif frequency.normalize is None or frequency.admit > 1:
+        reason = "it needs normalize='table' and admit=1"
+    if reason:
+        raise ValueError(f"Table {name!r}: {', '.join(of_gpu)}: {reason}. Take it out.")
 
 
 def refuse_index_dedup(tables: Iterable[Table]) -> None:
     """Refuses what needs every lookup where TorchRec looks up each id of a batch once.
 
     Raises:
-        ValueError: names the table and the settings that do without.
+        ValueError: names the table and what to do.
     """
     for table in tables:
         if table.config.count == "samples":
             raise ValueError(
                 f"Table {table.name!r}: use_index_dedup merges the occurrences of an id, which "
-                f"count={table.config.count!r} must see. Shard without it, or use count='batches' "
-                "(or 'frozen')."
+                "FrequencySGD counts. Shard without it."
             )
 
 

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.counts.conversion import with_counts_of_sums, with_sums_of_counts
 from torchrec_freq.counts.row_state import RowShard, RowState
 from torchrec_freq.counts.state import (
+    MOMENTUM,
+    OLD_FORMAT,
     ROW_COUNTER,
     ROW_COUNTER_AGE,
     TABLE_TOTALS,
-    TOTALS,
     TableState,
     totals_of,
 )
-from torchrec_freq.engine.counting import CountingTBE, Membership, require_counts
-from torchrec_freq.engine.totals import TableTotals, TotalsTable
+from torchrec_freq.engine.counting import CountingTBE, Membership
+from torchrec_freq.engine.replicated import ReplicatedTBE
+from torchrec_freq.engine.totals import TableTotals
 
 _CHUNK_ROWS: Final = 1 << 24
 """Rows summed over the ranks at once: bounds the device memory that a large table needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table(TotalsTable):
+class Table:
     """A table of the whole model, whatever its shards.
 
     Attributes:
+        config: the rule's settings.
+        widths: columns of each column shard, in their order; () where the columns are not split.
         split: whether its rows or columns are spread over ranks.
+        reset: makes initial weights, in place, of a tensor [rows, columns].
     """
 
     name: str
     rows: int
     columns: int
+    config: FrequencyConfig
+    widths: tuple[int, ...]
     split: bool
+    reset: Callable[[Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -47,21 +56,44 @@ class LocalShard:
 
     Attributes:
         row_offset: its first row.
+        column_offset: its first column.
         columns: number of its columns.
-        primary: of the shards that hold the same rows, all but one are replicas of this one.
+        primary: of the shards that hold other columns of the same rows, one is.
+        first: of the ranks that hold the same shard, one is: the others have replicas.
     """
 
     table: str
     row_offset: int
+    column_offset: int
     columns: int
     primary: bool
+    first: bool
     tbe: CountingTBE
     index: int
+
+    @property
+    def counts(self) -> Tensor:
+        """int32 [rows of the shard], the memory itself."""
+        return self.tbe.rows_of(self.index, self.tbe.counts)
+
+    @property
+    def sums(self) -> Tensor:
+        """float32 [rows of the shard], the memory itself."""
+        return self.tbe.rows_of(self.index, self.tbe.sums)
+
+    def weights(self) -> Tensor:
+        """[rows, columns] of the shard, the memory itself."""
+        weights: Tensor = self.tbe.split_embedding_weights()[self.index]  # type: ignore[attr-defined]
+        return weights.detach().view(-1, self.columns)
 
     def learning_rate(self) -> float:
         """That of the next update."""
         rate: float = self.tbe.get_learning_rate()  # type: ignore[attr-defined]
         return rate
+
+    def part_of(self, values_R: Tensor) -> Tensor:
+        """[rows of the shard, ...] of a tensor [rows, ...] of the whole table."""
+        return values_R[self.row_offset : self.row_offset + self.counts.numel()]
 
 
 class FrequencyTables:
@@ -69,7 +101,7 @@ class FrequencyTables:
 
     Under 2D parallelism every sharding group has them, and trains and counts by itself. At each
     sync :meth:`average` makes of the groups' counts and totals their mean, as TorchRec does of the
-    weights.
+    weights and sums.
 
     Args:
         process_group: the ranks over which the tables are sharded; None for one process.
@@ -78,10 +110,8 @@ class FrequencyTables:
 
     Attributes:
         tables: by name, in the same order on every rank.
-        positions: number of each in that order.
         shards: those of this rank.
-        totals: of the tables, summed over the ranks.
-        moving: set while TorchRec moves shards, which must not find our state.
+        totals: of the tables but the data-parallel ones, which have their own.
     """
 
     def __init__(
@@ -91,23 +121,23 @@ class FrequencyTables:
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
         self.tables = {table.name: table for table in tables}
-        self.positions = {table.name: position for position, table in enumerate(tables)}
+        self._positions = {table.name: position for position, table in enumerate(tables)}
         self.process_group = process_group
         self._replicas = replicas
+        self._missing: dict[str, frozenset[str]] = {}
         self.shards: list[LocalShard] = []
-        self.moving = False
-        self._unchecked = any(table.config.count == "frozen" for table in tables)
-        self._attach_totals(None)
+        self._make_totals(None)
 
     @property
     def rank(self) -> int:
         """This rank in the process group, 0 without one."""
         return 0 if self.process_group is None else self.process_group.rank()
 
-    @property
-    def ranks(self) -> int:
-        """Ranks in the process group, 1 without one."""
-        return 1 if self.process_group is None else self.process_group.size()
+    def _make_totals(self, device: torch.device | None) -> None:
+        shared = any(table.split for table in self.tables.values())
+        group = self.process_group if shared else None
+        configs = [table.config for table in self.tables.values()]
+        self.totals = TableTotals(configs, device, group)
 
     def attach(self, shards: Sequence[LocalShard], device: torch.device | None) -> None:
         """Takes over this rank's shards, freshly made, and joins their totals.
@@ -116,66 +146,145 @@ class FrequencyTables:
             device: where the module was told to be; its shards, if there are any, know better.
         """
         self.shards = list(shards)
-        self._attach_totals(shards[0].tbe.counts.device if shards else device)
-        first = {shard.table: shard for shard in reversed(shards)}
+        self._make_totals(shards[0].tbe.counts.device if shards else device)
         for tbe in {id(shard.tbe): shard.tbe for shard in shards}.values():
             mine = sorted((s for s in shards if s.tbe is tbe), key=lambda shard: shard.index)
+            if isinstance(tbe, ReplicatedTBE):
+                continue
             members = [
                 Membership(
-                    self.positions[shard.table],
+                    self._positions[shard.table],
                     shard.columns / self.tables[shard.table].columns,
                     shard.primary,
-                    first[shard.table] is shard,
                 )
                 for shard in mine
             ]
             tbe.join(self.totals, members)
 
-    def begin_step(self) -> None:
-        """Starts a step of the totals, in a forward. All ranks must call it.
+    def shards_of(self, name: str) -> list[LocalShard]:
+        """This rank's shards of a table."""
+        return [shard for shard in self.shards if shard.table == name]
 
-        Raises:
-            RuntimeError: the counts of a table are frozen and none were loaded; on every rank.
-        """
-        self.totals.advance()
-        if self._unchecked:
-            counts_T = self.totals.values.select(1, 2).cpu()
-            self.reduce(counts_T, dist.ReduceOp.MAX)
-            for name, count in zip(self.tables, counts_T.tolist(), strict=True):
-                require_counts(self.tables[name].config, name, count)
-            self._unchecked = False
+    def _position(self, name: str) -> tuple[TableTotals, int]:
+        for shard in self.shards_of(name):
+            if isinstance(shard.tbe, ReplicatedTBE):
+                return shard.tbe.totals, shard.index
+        return self.totals, self._positions[name]
 
-    def _attach_totals(self, device: torch.device | None) -> None:
-        shared = self.ranks > 1 and any(table.split for table in self.tables.values())
-        group = self.process_group if shared else None
-        self.totals = TableTotals(list(self.tables.values()), device, group)
+    def table_totals(self, name: str) -> Tensor:
+        """float64 [4] view on the device: a row of ``TableTotals.values``."""
+        totals, position = self._position(name)
+        return totals.values[position]
+
+    def age(self, name: str) -> Tensor:
+        """int64 [1] view on the CPU: steps since the table was last halved."""
+        totals, position = self._position(name)
+        return totals.ages.narrow(0, position, 1)
 
     def read(self, name: str) -> TableState:
         """State of a whole table, the same on every rank. All ranks must call it.
 
         Of several sharding groups it is the mean, counts rounded up.
         """
-        self.totals.settle()
-        counts_R = torch.zeros(self.tables[name].rows, dtype=torch.int64)
-        totals = torch.zeros(TOTALS, dtype=torch.float64)
-        age = torch.zeros(1, dtype=torch.int64)
-        for shard in self._shards_of(name):
-            totals = self.table_totals(name).to("cpu", copy=True)
-            age = self.age(name).clone()
-            if shard.primary:
-                local_R = shard.tbe.settled_counts(shard.index).cpu()
-                counts_R[shard.row_offset : shard.row_offset + local_R.numel()] = local_R
-        for chunk_R in counts_R.split(_CHUNK_ROWS):
-            self.reduce(chunk_R, dist.ReduceOp.SUM)
-            if self._replicas is not None:
-                self._reduce(chunk_R, dist.ReduceOp.SUM, self._replicas)
-                chunk_R.copy_(part_of_sum(chunk_R, 0, self._replicas.size()))
+        table = self.tables[name]
+        counts_R = torch.zeros(table.rows, dtype=torch.int32)
+        sums_RS = torch.zeros(table.rows, max(1, len(table.widths)))
+        totals, age = totals_of(0, 0), torch.zeros(1, dtype=torch.int64)
+        for shard in self.shards_of(name):
+            totals, age = self.table_totals(name).cpu(), self.age(name).clone()
+            if shard.first:
+                shard.part_of(sums_RS)[:, self._column_shard(shard)] = shard.sums.cpu()
+                if shard.primary:
+                    shard.part_of(counts_R).copy_(shard.counts)
+        for chunk_R in (*counts_R.split(_CHUNK_ROWS), *sums_RS.split(_CHUNK_ROWS)):
+            self._reduce(chunk_R, dist.ReduceOp.SUM, self.process_group)
         for numbers in (totals, age):
-            self.reduce(numbers, dist.ReduceOp.MAX)
+            self._reduce(numbers, dist.ReduceOp.MAX, self.process_group)
         if self._replicas is not None:
-            self._reduce(totals, dist.ReduceOp.SUM, self._replicas)
-            totals /= self._replicas.size()
-        return TableState(counts_R, totals, int(age))
+            groups = self._replicas.size()
+            for chunk_R in counts_R.split(_CHUNK_ROWS):
+                sum_R = chunk_R.to(torch.int64)
+                self._reduce(sum_R, dist.ReduceOp.SUM, self._replicas)
+                chunk_R.copy_(part_of_sum(sum_R, 0, groups))
+            for values in (sums_RS, totals):
+                self._reduce(values, dist.ReduceOp.SUM, self._replicas)
+                values /= groups
+        return TableState(counts_R, sums_RS, totals, int(age), table.widths)
+
+    def _column_shard(self, shard: LocalShard) -> int:
+        widths = self.tables[shard.table].widths
+        ends = [sum(widths[: number + 1]) for number in range(len(widths))]
+        return sum(end <= shard.column_offset for end in ends)
+
+    @torch.no_grad()
+    def load(self, name: str, state: TableState) -> None:
+        """Sets the state of a table: of its shards on this rank, and its totals.
+
+        The sums of other column shards than the table has become their mean over the columns.
+        """
+        same = state.sums.shape[1] > 1 and state.widths == self.tables[name].widths
+        for shard in self.shards_of(name):
+            shard.counts.copy_(shard.part_of(state.counts))
+            number = self._column_shard(shard)
+            sums_R = state.sums[:, number] if same else state.row_sums()
+            shard.sums.copy_(shard.part_of(sums_R))
+        self.table_totals(name).copy_(state.totals)
+        self.age(name).fill_(state.age)
+
+    @torch.no_grad()
+    def load_counts(self, name: str, counts_R: Tensor, squares: float | None = None) -> None:
+        r"""Sets the counts of a table's shards on this rank, and their sums to go with them.
+
+        A row keeps the mean square of its occurrences, :math:`A_i / c_i`; one without a count gets
+        the table's.
+
+        Args:
+            squares: sum of the squares that all the counts stand for; None keeps the table's totals.
+        """
+        totals = self.table_totals(name)
+        if squares is not None:
+            totals.copy_(totals_of(squares, float(counts_R.sum(dtype=torch.float64))))
+        _, total, count, _ = totals.tolist()
+        rho = total / count if count else 0.0
+        for shard in self.shards_of(name):
+            before_R = shard.counts
+            after_R = shard.part_of(counts_R).to(before_R.device, torch.int32)
+            sums_R = after_R * rho
+            if squares is None:
+                scaled_R = (shard.sums * (after_R / before_R)).where(before_R > 0, sums_R)
+                sums_R = shard.sums.where(after_R == before_R, scaled_R)
+            shard.sums.copy_(sums_R)
+            shard.counts.copy_(after_R)
+
+    @torch.no_grad()
+    def evict(
+        self, name: str, rows: Tensor, reset: Callable[[Tensor], object] | None = None
+    ) -> None:
+        """Makes rows those of new ids: no count, no sum, initial weights. All ranks must call it.
+
+        Args:
+            rows: int64 [evicted] on the CPU, the same on every rank.
+            reset: makes the weights, in place, of a tensor [evicted, columns]; None: the table's
+                own.
+        """
+        table = self.tables[name]
+        weights_ED = torch.zeros(len(rows), table.columns)
+        if self.rank == 0 and (self._replicas is None or self._replicas.rank() == 0):
+            (reset or table.reset)(weights_ED)
+        for group in (self.process_group, self._replicas):
+            self._reduce(weights_ED, dist.ReduceOp.SUM, group)
+        for shard in self.shards_of(name):
+            mine = (rows >= shard.row_offset) & (rows < shard.row_offset + shard.counts.numel())
+            local = (rows[mine] - shard.row_offset).to(shard.counts.device)
+            shard.counts.index_fill_(0, local, 0)
+            shard.sums.index_fill_(0, local, 0.0)
+            columns = slice(shard.column_offset, shard.column_offset + shard.columns)
+            weights_RD = shard.weights()
+            weights_RD[local] = weights_ED[mine, columns].to(weights_RD)
+            # A cache of rows in host memory has copies: split_embedding_weights has written them
+            # back, and they are not to be found again.
+            if getattr(shard.tbe, "lxu_cache_weights", torch.empty(0)).numel():
+                shard.tbe.reset_cache_states()  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def average(self) -> None:
@@ -188,79 +297,57 @@ class FrequencyTables:
         """
         if self._replicas is None:
             return
-        self.totals.settle()
         group, groups = self._replicas.rank(), self._replicas.size()
-        values = self.totals.values
-        self._reduce(values, dist.ReduceOp.SUM, self._replicas)
-        values /= groups
+        for name in self.tables:
+            totals = self.table_totals(name)
+            self._reduce(totals, dist.ReduceOp.SUM, self._replicas)
+            totals /= groups
         for shard in self.shards:
-            for chunk_R in shard.tbe.counts_of(shard.index).split(_CHUNK_ROWS):
+            for chunk_R in shard.counts.split(_CHUNK_ROWS):
                 sums_R = chunk_R.to(torch.int64)
                 self._reduce(sums_R, dist.ReduceOp.SUM, self._replicas)
                 chunk_R.copy_(part_of_sum(sums_R, group, groups))
 
-    def load(self, name: str, state: TableState) -> None:
-        """Sets the state of a table: of its shards on this rank, and its totals."""
-        self.load_counts(name, state.counts)
-        self.table_totals(name).copy_(state.totals)
-        self.age(name).fill_(state.age)
-
-    def load_counts(self, name: str, counts_R: Tensor, squares: float | None = None) -> None:
-        """Sets the counts of a table's shards on this rank, and what goes with them.
-
-        Args:
-            squares: sum of the squares that the counts stand for; None keeps that of the table.
-        """
-        self.totals.settle()
-        for shard in self._shards_of(name):
-            local_R = shard.tbe.counts_of(shard.index)
-            local_R.copy_(counts_R[shard.row_offset : shard.row_offset + local_R.numel()])
-        totals = self.table_totals(name)
-        totals[2] = counts_R.sum(dtype=torch.float64)
-        if squares is not None:
-            totals.copy_(totals_of(squares, float(totals[2]), int(counts_R.count_nonzero())))
-        self.age(name).zero_()
-
-    def table_totals(self, name: str) -> Tensor:
-        """float64 [4] view on the device: a row of ``TableTotals.values``."""
-        return self.totals.values[self.positions[name]]
-
-    def age(self, name: str) -> Tensor:
-        """int64 [1] view on the CPU: steps since the table's counts were last halved."""
-        return self.totals.ages.narrow(0, self.positions[name], 1)
-
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """State of a table that has shards here, by key, as views.
+        """What a table's optimizer state has besides TorchRec's ``momentum1``, by key, as views.
 
-        The counters are one tensor of all rows; the rest is equal on every rank.
+        Counters are one tensor of all rows; the rest is equal on every rank. Data-parallel tables,
+        of which TorchRec has no state, have their sums here.
         """
+        shards = self.shards_of(name)
         saves = self._replicas is None or self._replicas.rank() == 0
-        counts = [
-            RowShard(
-                shard.row_offset,
-                shard.primary and saves,
-                shard.tbe.memory_of(shard.index),
-                partial(shard.tbe.settled_counts, shard.index),
-                partial(shard.tbe.counts_of, shard.index),
-            )
-            for shard in self._shards_of(name)
-        ]
-        return {
-            f"{name}.{ROW_COUNTER}": RowState(self.tables[name].rows, counts),
-            f"{name}.{TABLE_TOTALS}": self.table_totals(name),
-            f"{name}.{ROW_COUNTER_AGE}": self.age(name),
+        counts = [RowShard(s.row_offset, saves and s.primary and s.first, s.counts) for s in shards]
+        state = {
+            ROW_COUNTER: RowState(self.tables[name].rows, counts),
+            TABLE_TOTALS: self.table_totals(name),
+            ROW_COUNTER_AGE: self.age(name),
         }
+        state[ROW_COUNTER].on_missing = lambda keys: self._missing.update({name: keys})
+        replicated = isinstance(shards[0].tbe, ReplicatedTBE)
+        if replicated and self.tables[name].config.normalize is not None:
+            (shard,) = shards
+            sums = [RowShard(0, saves and shard.first, shard.sums)]
+            state = {MOMENTUM: RowState(self.tables[name].rows, sums), **state}
+        return {f"{name}.{key}": value for key, value in state.items()}
 
-    def _shards_of(self, name: str) -> list[LocalShard]:
-        return [shard for shard in self.shards if shard.table == name]
+    def finish_load(self) -> None:
+        """Completes what was loaded from another optimizer, or version. All ranks must call it."""
+        kinds = torch.zeros(len(self.tables), 2, dtype=torch.int64)
+        for name, keys in self._missing.items():
+            kinds[self._positions[name]] = torch.tensor([ROW_COUNTER in keys, MOMENTUM in keys])
+        self._missing.clear()
+        for shard in self.shards:  # also where sums of another table rule are loaded over it
+            if int(self.table_totals(shard.table)[0]) == OLD_FORMAT:
+                kinds[self._positions[shard.table], 1] = 1
+        self._reduce(kinds, dist.ReduceOp.MAX, self.process_group)
+        for name, (without_counts, without_sums) in zip(self.tables, kinds.tolist(), strict=True):
+            if without_counts:
+                self.load(name, with_counts_of_sums(self.read(name)))
+            elif without_sums:
+                self.load(name, with_sums_of_counts(self.read(name)))
 
-    def reduce(self, values: Tensor, operation: Any) -> None:
-        """Over the ranks, in place, of a tensor on any device. All ranks must call it."""
-        if self.process_group is not None:
-            self._reduce(values, operation, self.process_group)
-
-    def _reduce(self, values: Tensor, operation: Any, group: dist.ProcessGroup) -> None:
-        if group.size() > 1:
+    def _reduce(self, values: Tensor, operation: Any, group: dist.ProcessGroup | None) -> None:
+        if group is not None and group.size() > 1:
             reduced = values.to(self.totals.values.device)
             dist.all_reduce(reduced, operation, group=group)
             values.copy_(reduced)
