@@ -149,9 +149,11 @@ class Pair:
         self.split_reference(self.model.column_shards)
 
     def split_reference(self, columns: Mapping[str, list[int]]) -> None:
-        """Lets the reference go by the squares of column shards, as stock row-wise Adagrad does."""
+        """Column shards have sums of their own; another plan's shards start from their mean."""
         for name, table in self.reference.tables.items():
-            table.shard_columns = columns.get(name, [])
+            if table.shard_columns != columns.get(name, []):
+                table.shard_columns = columns.get(name, [])
+                table.sums = {r: s.mean().expand(len(s)) for r, s in table.sums.items()}
 
     def go_on(self, other: Pair) -> None:
         """Takes the place of another pair, whose state the model has loaded."""

@@ -52,12 +52,12 @@ class RowState(torch.Tensor):
         shards: the parts on this rank.
 
     Attributes:
-        on_missing: called with the keys of the table's state that a checkpoint lacks, and others
-            replace; see :func:`torchrec_freq.sharded.loading.drop_missing`.
+        owner: the tables of the sharded module that it is a state of, and the table's name; None
+            for a copy.
     """
 
     shards: tuple[RowShard, ...]
-    on_missing: Callable[[frozenset[str]], None] | None = None
+    owner: tuple[Any, str] | None = None
 
     @staticmethod
     def __new__(cls, rows: int, shards: Sequence[RowShard]) -> RowState:

@@ -28,8 +28,8 @@ class TableTotals:
             one rank, or where there is one process.
 
     Attributes:
-        values: float64 [tables, 4] on the device: ``STATE_FORMAT``, :math:`G_t`, :math:`C_t` and the
-            steps that they stand for. May be written between steps.
+        values: float64 [tables, 4] on the device: ``STATE_FORMAT``, :math:`G_t`, :math:`C_t` and
+            the steps that they stand for. May be written between steps.
         ages: int64 [tables] on the CPU: steps since each table was last halved. They say which
             steps are sampled. May be written between steps.
     """

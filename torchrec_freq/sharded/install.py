@@ -7,8 +7,9 @@ What a new TorchRec version could move is named here, in :mod:`torchrec_freq.sha
 - ``_create_embedding_kernel`` of the two grouped lookups makes our kernels for our tables;
 - ``ShardedEmbeddingBagCollection`` and ``ShardedEmbeddingCollection`` are where every rank sees
   every table: there we refuse, before anything is built, and join the shards of a table;
-- ``KeyedOptimizer.load_state_dict`` and DCP's ``DefaultLoadPlanner`` read what row-wise Adagrad and
-  version 0.2 have saved (:mod:`torchrec_freq.sharded.loading`);
+- ``KeyedOptimizer.load_state_dict`` and DCP's ``create_default_local_load_plan`` read what row-wise
+  Adagrad, version 0.2, and plans with other columns have saved
+  (:mod:`torchrec_freq.sharded.loading`);
 - ``EmbeddingStorageEstimator`` counts the bytes of sums and counters in every plan;
 - zero-collision collections name the tables whose rows they evict by a feature;
 - ``DMPCollection.sync`` averages counts and totals over the sharding groups.
@@ -24,7 +25,8 @@ from typing import Any, Final
 import torch
 import torchrec.distributed.utils as torchrec_utils
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection, get_ec_index_dedup
@@ -59,7 +61,7 @@ from torchrec_freq.sharded.kernels import (
     our_kernels,
     without_shards,
 )
-from torchrec_freq.sharded.loading import complete, drop_missing, mark, marked
+from torchrec_freq.sharded.loading import adapt, complete, mark, marked
 from torchrec_freq.sharded.opt_in import (
     find_tables,
     is_frequency,
@@ -202,7 +204,7 @@ def _wrap_sharded(sharded: type[Any]) -> None:
 
 def _wrap_loading() -> None:
     stock_load = KeyedOptimizer.load_state_dict
-    stock_plan = DefaultLoadPlanner.create_local_plan
+    stock_plan = default_planner.create_default_local_load_plan
 
     @functools.wraps(stock_load)
     def load_state_dict(self: KeyedOptimizer, state_dict: Mapping[str, Any]) -> None:
@@ -211,20 +213,21 @@ def _wrap_loading() -> None:
             handle.finish_load()
 
     @functools.wraps(stock_plan)
-    def create_local_plan(self: DefaultLoadPlanner) -> LoadPlan:
-        if self.metadata is not None:
-            self.state_dict = drop_missing(self.state_dict, self.metadata)
-        return stock_plan(self)
+    def create_plan(
+        state_dict: dict[str, Any], metadata: Metadata, strict: bool = True
+    ) -> LoadPlan:
+        adapt(state_dict, metadata)
+        return stock_plan(state_dict, metadata, strict)
 
     KeyedOptimizer.load_state_dict = load_state_dict
-    DefaultLoadPlanner.create_local_plan = create_local_plan
+    default_planner.create_default_local_load_plan = create_plan
 
 
 def _wrap_planner() -> None:
     """TorchRec takes an optimizer that it does not know for a second table; ours has counters.
 
     A shard of ``r`` rows has ``8 r`` bytes of sums and counters, whatever its columns and type,
-    beside the table: in HBM on a GPU, also for tables in host memory (UVM); in host memory on a CPU.
+    beside the table: in HBM on a GPU, also for tables in host memory (UVM); on a CPU in its memory.
     """
     stock = EmbeddingStorageEstimator.estimate
     stock_multiplier = planner_stats._get_optimizer_multipler

@@ -125,6 +125,7 @@ class FrequencyTables:
         self.process_group = process_group
         self._replicas = replicas
         self._missing: dict[str, frozenset[str]] = {}
+        self._unfinished: list[Callable[[], None]] = []
         self.shards: list[LocalShard] = []
         self._make_totals(None)
 
@@ -239,7 +240,7 @@ class FrequencyTables:
         the table's.
 
         Args:
-            squares: sum of the squares that all the counts stand for; None keeps the table's totals.
+            squares: sum of the squares that all the counts stand for; None keeps the totals.
         """
         totals = self.table_totals(name)
         if squares is not None:
@@ -322,7 +323,7 @@ class FrequencyTables:
             TABLE_TOTALS: self.table_totals(name),
             ROW_COUNTER_AGE: self.age(name),
         }
-        state[ROW_COUNTER].on_missing = lambda keys: self._missing.update({name: keys})
+        state[ROW_COUNTER].owner = self, name  # type: ignore[attr-defined]
         replicated = isinstance(shards[0].tbe, ReplicatedTBE)
         if replicated and self.tables[name].config.normalize is not None:
             (shard,) = shards
@@ -330,15 +331,30 @@ class FrequencyTables:
             state = {MOMENTUM: RowState(self.tables[name].rows, sums), **state}
         return {f"{name}.{key}": value for key, value in state.items()}
 
+    def lacks(self, name: str, keys: frozenset[str]) -> None:
+        """Says which keys of a table's state are not in what is being loaded."""
+        self._missing[name] = keys
+
+    def finish_later(self, finish: Callable[[], None]) -> None:
+        """Calls it when what is being loaded is there."""
+        self._unfinished.append(finish)
+
+    @torch.no_grad()
     def finish_load(self) -> None:
-        """Completes what was loaded from another optimizer, or version. All ranks must call it."""
+        """Completes what was loaded from another optimizer, version or plan.
+
+        All ranks must call it.
+        """
+        for finish in self._unfinished:
+            finish()
         kinds = torch.zeros(len(self.tables), 2, dtype=torch.int64)
         for name, keys in self._missing.items():
             kinds[self._positions[name]] = torch.tensor([ROW_COUNTER in keys, MOMENTUM in keys])
-        self._missing.clear()
-        for shard in self.shards:  # also where sums of another table rule are loaded over it
+        for shard in self.shards:
             if int(self.table_totals(shard.table)[0]) == OLD_FORMAT:
                 kinds[self._positions[shard.table], 1] = 1
+        self._unfinished.clear()
+        self._missing.clear()
         self._reduce(kinds, dist.ReduceOp.MAX, self.process_group)
         for name, (without_counts, without_sums) in zip(self.tables, kinds.tolist(), strict=True):
             if without_counts:
