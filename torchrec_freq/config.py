@@ -63,7 +63,7 @@ class FrequencyConfig:
             raise ValueError(
                 f"Invalid normalize value: {self.normalize!r}. Must be 'table' or None."
             )
-        if self.count == "batches":
+        if str(self.count) == "batches":
             raise ValueError(
                 "Invalid count value: 'batches'. Every occurrence counts since version 0.3: use "
                 "'samples'."

@@ -22,9 +22,10 @@ class Lookups:
 
     def __init__(self, ids_L: Tensor, ends_F: Tensor, first_row_F: Tensor) -> None:
         self._ends_F = ends_F
-        self._shape = (len(first_row_F), _equal_length(ends_F))
+        length = _equal_length(ends_F)
+        self._shape = (len(first_row_F), length or 0)
         self._feature_L: Tensor | None = None
-        if self._shape[1] is None:
+        if length is None:
             lengths_F = ends_F.diff()
             self._feature_L = torch.repeat_interleave(lengths_F, output_size=len(ids_L))
             self.rows_L = first_row_F.index_select(0, self._feature_L).add_(ids_L)

@@ -204,13 +204,6 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         scaled = {k: v * self._factor if k == "eps" else v for k, v in params_dict.items()}
         super().update_hyper_parameters(scaled)
 
-    def get_optimizer_state(self) -> list[dict[str, Tensor]]:
-        """As FBGEMM's row-wise Adagrad's; the paper's rule has no sums, and uses their memory."""
-        if self.frequency.normalize is None:
-            return [{} for _ in self.embedding_specs]
-        state: list[dict[str, Tensor]] = super().get_optimizer_state()
-        return state
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves or casts the module; sums stay float32, which the kernel wants, and exact."""
         exact = {name: getattr(self, name).data.clone() for name in _MOMENTUM}

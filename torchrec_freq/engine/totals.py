@@ -95,7 +95,7 @@ class TableTotals:
         if self.values.is_cuda:
             # Where what has been added so far was computed.
             self._stream = torch.cuda.current_stream(self.values.device)
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
         if self._stream is None:

@@ -57,9 +57,9 @@ from torchrec_freq.sharded.kernels import (
     ReplicatedEmbedding,
     ReplicatedEmbeddingBag,
     add_states,
+    end_steps_with,
     local_shards,
     our_kernels,
-    without_shards,
 )
 from torchrec_freq.sharded.loading import adapt, complete, mark, marked
 from torchrec_freq.sharded.opt_in import (
@@ -177,9 +177,7 @@ def _wrap_sharded(sharded: type[Any]) -> None:
         if handle is not None:
             handle.attach(local_shards(self._lookups, handle.rank), self._device)
             add_states(self._lookups, handle)
-            for lookup in without_shards(self._lookups):
-                # It takes part in the backward of the output's exchange, so it sees each step.
-                lookup._dummy_embs_tensor.register_hook(lambda _: handle.totals.end_with_backward())
+            end_steps_with(self._lookups, handle.totals.end_with_backward)
 
     def update_shards(self: Any, *args: Any, **kwargs: Any) -> None:
         handle = self.__dict__.get(_TABLES)

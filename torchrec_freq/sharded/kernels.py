@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -108,13 +108,12 @@ def add_states(lookups: list[nn.Module], tables: FrequencyTables) -> None:
             state.update(tables.state_dict(name))
 
 
-def without_shards(lookups: list[nn.Module]) -> list[nn.Module]:
-    """The lookups that have no table on this rank."""
-    return [
-        lookup
-        for lookup in lookups
-        if hasattr(lookup, "_dummy_embs_tensor") and not len(lookup._emb_modules)
-    ]
+def end_steps_with(lookups: list[Any], end: Callable[[], None]) -> None:
+    """Calls ``end`` in each backward of lookups that have no table on this rank."""
+    for lookup in lookups:
+        if hasattr(lookup, "_dummy_embs_tensor") and not len(lookup._emb_modules):
+            # It takes part in the backward of the output's exchange.
+            lookup._dummy_embs_tensor.register_hook(lambda _: end())
 
 
 def local_shards(lookups: list[nn.Module], rank: int) -> list[LocalShard]:

@@ -110,6 +110,7 @@ class FrequencyTables:
 
     Attributes:
         tables: by name, in the same order on every rank.
+        positions: number of each in that order.
         shards: those of this rank.
         totals: of the tables but the data-parallel ones, which have their own.
     """
@@ -121,7 +122,7 @@ class FrequencyTables:
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
         self.tables = {table.name: table for table in tables}
-        self._positions = {table.name: position for position, table in enumerate(tables)}
+        self.positions = {table.name: position for position, table in enumerate(tables)}
         self.process_group = process_group
         self._replicas = replicas
         self._missing: dict[str, frozenset[str]] = {}
@@ -154,7 +155,7 @@ class FrequencyTables:
                 continue
             members = [
                 Membership(
-                    self._positions[shard.table],
+                    self.positions[shard.table],
                     shard.columns / self.tables[shard.table].columns,
                     shard.primary,
                 )
@@ -170,7 +171,7 @@ class FrequencyTables:
         for shard in self.shards_of(name):
             if isinstance(shard.tbe, ReplicatedTBE):
                 return shard.tbe.totals, shard.index
-        return self.totals, self._positions[name]
+        return self.totals, self.positions[name]
 
     def table_totals(self, name: str) -> Tensor:
         """float64 [4] view on the device: a row of ``TableTotals.values``."""
@@ -198,9 +199,9 @@ class FrequencyTables:
                 if shard.primary:
                     shard.part_of(counts_R).copy_(shard.counts)
         for chunk_R in (*counts_R.split(_CHUNK_ROWS), *sums_RS.split(_CHUNK_ROWS)):
-            self._reduce(chunk_R, dist.ReduceOp.SUM, self.process_group)
+            self.reduce(chunk_R, dist.ReduceOp.SUM)
         for numbers in (totals, age):
-            self._reduce(numbers, dist.ReduceOp.MAX, self.process_group)
+            self.reduce(numbers, dist.ReduceOp.MAX)
         if self._replicas is not None:
             groups = self._replicas.size()
             for chunk_R in counts_R.split(_CHUNK_ROWS):
@@ -280,11 +281,12 @@ class FrequencyTables:
             shard.counts.index_fill_(0, local, 0)
             shard.sums.index_fill_(0, local, 0.0)
             columns = slice(shard.column_offset, shard.column_offset + shard.columns)
+            cached = getattr(shard.tbe, "lxu_cache_weights", weights_ED[:0]).numel() > 0
+            if cached:  # of a table in host memory, rows of which have copies on the GPU
+                shard.tbe.flush()  # type: ignore[attr-defined]
             weights_RD = shard.weights()
-            weights_RD[local] = weights_ED[mine, columns].to(weights_RD)
-            # A cache of rows in host memory has copies: split_embedding_weights has written them
-            # back, and they are not to be found again.
-            if getattr(shard.tbe, "lxu_cache_weights", torch.empty(0)).numel():
+            weights_RD[local] = weights_ED[mine][:, columns].to(weights_RD)
+            if cached:
                 shard.tbe.reset_cache_states()  # type: ignore[attr-defined]
 
     @torch.no_grad()
@@ -349,18 +351,22 @@ class FrequencyTables:
             finish()
         kinds = torch.zeros(len(self.tables), 2, dtype=torch.int64)
         for name, keys in self._missing.items():
-            kinds[self._positions[name]] = torch.tensor([ROW_COUNTER in keys, MOMENTUM in keys])
+            kinds[self.positions[name]] = torch.tensor([ROW_COUNTER in keys, MOMENTUM in keys])
         for shard in self.shards:
             if int(self.table_totals(shard.table)[0]) == OLD_FORMAT:
-                kinds[self._positions[shard.table], 1] = 1
+                kinds[self.positions[shard.table], 1] = 1
         self._unfinished.clear()
         self._missing.clear()
-        self._reduce(kinds, dist.ReduceOp.MAX, self.process_group)
+        self.reduce(kinds, dist.ReduceOp.MAX)
         for name, (without_counts, without_sums) in zip(self.tables, kinds.tolist(), strict=True):
             if without_counts:
                 self.load(name, with_counts_of_sums(self.read(name)))
             elif without_sums:
                 self.load(name, with_sums_of_counts(self.read(name)))
+
+    def reduce(self, values: Tensor, operation: Any) -> None:
+        """Over the ranks, in place, of a tensor on any device. All ranks must call it."""
+        self._reduce(values, operation, self.process_group)
 
     def _reduce(self, values: Tensor, operation: Any, group: dist.ProcessGroup | None) -> None:
         if group is not None and group.size() > 1:
