@@ -32,9 +32,7 @@ from torchrec_freq.counts import state
 from torchrec_freq.counts.files import CountsFile, load_counts, save_counts
 from torchrec_freq.counts.ids import count_ids
 from torchrec_freq.counts.state import COUNT_CEILING, TableState
-from torchrec_freq.optimizer import FrequencySGD
-from torchrec_freq.sharded.install import install
-from torchrec_freq.sharded.model_state import (
+from torchrec_freq.model_state import (
     adagrad_sums,
     evict_rows,
     load_adagrad_sums,
@@ -43,6 +41,8 @@ from torchrec_freq.sharded.model_state import (
     row_counts,
     table_states,
 )
+from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.sharded.install import install
 from torchrec_freq.sharded.opt_in import fused_params
 
 install()

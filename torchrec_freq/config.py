@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypedDict, cast
 
 CountMode = Literal["samples", "frozen"]
 Normalize = Literal["table"]
 
-DEFAULT_PRIOR_COUNT: Final = 10.0
-DEFAULT_EPS: Final = 1e-8
 _LEAST_EPS: Final = 1e-30
 """The least that float32 keeps apart from 0 when FBGEMM divides by it."""
 
@@ -50,13 +48,13 @@ class FrequencyConfig:
             it and what to give instead.
     """
 
-    prior_count: float = DEFAULT_PRIOR_COUNT
+    prior_count: float = 10
     half_life: int | None = None
     admit: int = 1
     normalize: Normalize | None = "table"
     count: CountMode = "samples"
     min_count: float = 1
-    eps: float = DEFAULT_EPS
+    eps: float = 1e-8
 
     def __post_init__(self) -> None:
         if self.normalize not in ("table", None):
@@ -81,7 +79,7 @@ class FrequencyConfig:
             papers = {"count": "samples", "min_count": 1}
             where = "It belongs to the paper's rule: use it with normalize=None, or leave it out."
         else:
-            papers = {"prior_count": DEFAULT_PRIOR_COUNT}
+            papers = {"prior_count": 10}
             where = "The paper's rule (normalize=None) has none: leave it out."
         for name, default in papers.items():
             if getattr(self, name) != default:
@@ -91,6 +89,18 @@ class FrequencyConfig:
                 f"Invalid half_life value: {self.half_life}. "
                 "Frozen counts do not age: use half_life=None, or count='samples'."
             )
+
+
+class Options(TypedDict, total=False):
+    """The settings as keyword arguments; their defaults are those of :class:`FrequencyConfig`."""
+
+    prior_count: float
+    half_life: int | None
+    admit: int
+    normalize: Normalize | None
+    count: CountMode
+    min_count: float
+    eps: float
 
 
 FIELDS: Final = tuple(field.name for field in dataclasses.fields(FrequencyConfig))

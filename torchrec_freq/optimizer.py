@@ -8,20 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from torchrec_freq.config import (
-    DEFAULT_EPS,
-    DEFAULT_PRIOR_COUNT,
     FIELDS,
-    CountMode,
     FrequencyConfig,
-    Normalize,
+    Options,
     check_learning_rate,
     make_config,
 )
 from torchrec_freq.counts.conversion import with_counts_of_sums, with_sums_of_counts
 from torchrec_freq.counts.state import (
-    COUNT_CEILING,
     MOMENTUM,
     OLD_FORMAT,
     ROW_COUNTER,
@@ -31,8 +28,8 @@ from torchrec_freq.counts.state import (
     check_state,
     totals_of,
 )
+from torchrec_freq.engine.dense import dense_step
 from torchrec_freq.engine.totals import TableTotals
-from torchrec_freq.rule import row_multiplier
 
 
 class FrequencySGD(torch.optim.Optimizer):
@@ -62,9 +59,8 @@ class FrequencySGD(torch.optim.Optimizer):
     Args:
         params: embedding tables, each [rows, columns], or parameter groups.
         lr: learning rate, at least 0. That of row-wise Adagrad is the place to start.
-        prior_count, half_life, admit, normalize, count, min_count, eps: see
-            :class:`torchrec_freq.FrequencyConfig`.
-        removed: options of earlier versions, to refuse them with what to do instead.
+        options: ``prior_count``, ``half_life``, ``admit``, ``normalize``, ``count``, ``min_count``,
+            ``eps``: see :class:`torchrec_freq.FrequencyConfig`.
 
     Raises:
         ValueError: a wrong value, named with what to give instead.
@@ -74,32 +70,8 @@ class FrequencySGD(torch.optim.Optimizer):
         ICLR 2022 (``normalize=None``).
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        *,
-        prior_count: float = DEFAULT_PRIOR_COUNT,
-        half_life: int | None = None,
-        admit: int = 1,
-        normalize: Normalize | None = "table",
-        count: CountMode = "samples",
-        min_count: float = 1,
-        eps: float = DEFAULT_EPS,
-        **removed: Any,
-    ) -> None:
-        config = make_config(
-            {
-                "prior_count": prior_count,
-                "half_life": half_life,
-                "admit": admit,
-                "normalize": normalize,
-                "count": count,
-                "min_count": min_count,
-                "eps": eps,
-                **removed,
-            }
-        )
+    def __init__(self, params: Iterable[Any], lr: float, **options: Unpack[Options]) -> None:
+        config = make_config(options)
         defaults = {"lr": check_learning_rate(lr), **dataclasses.asdict(config)}
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -150,29 +122,19 @@ class FrequencySGD(torch.optim.Optimizer):
         totals.values[0] = state[TABLE_TOTALS]
         totals.ages.copy_(state[ROW_COUNTER_AGE])
 
-        before_U, sums_U = counts_R.index_select(0, rows_U), sums_R.index_select(0, rows_U)
-        after_U = before_U
-        if config.count != "frozen":
-            after_U = (before_U + occurrences_U).clamp_(max=COUNT_CEILING)
-            counts_R.index_copy_(0, rows_U, after_U)
-        squares_U = grad_UD.to(torch.float32).square().mean(dim=1)
-        multiplier_U = row_multiplier(
+        step = dense_step(
             config,
-            after_U if config.normalize is None else before_U,
-            sums_U,
-            totals.rho(),
-            squares_U,
+            totals,
+            0,
+            counts_R.index_select(0, rows_U),
+            sums_R.index_select(0, rows_U),
+            occurrences_U,
+            grad_UD,
         )
-        admitted_U = after_U >= config.admit
-        scaled_UD = (grad_UD * (multiplier_U * admitted_U).unsqueeze(1)).to(param.dtype)
+        scaled_UD = (grad_UD * step.multiplier_R.unsqueeze(1)).to(param.dtype)
         param.index_add_(0, rows_U, scaled_UD, alpha=-lr)
-
-        if config.normalize is not None:
-            squares_U = squares_U.where(admitted_U, 0.0)
-            sums_R.index_copy_(0, rows_U, sums_U + squares_U)
-            first = torch.zeros(1, dtype=torch.int64, device=device)
-            occurrences = occurrences_U.where(admitted_U, 0).sum().view(1)
-            totals.add(first, squares_U.sum().view(1), occurrences)
+        counts_R.index_copy_(0, rows_U, step.counts_R)
+        sums_R.index_copy_(0, rows_U, step.sums_R)
         totals.on_halving(lambda _: counts_R.bitwise_right_shift_(1))
         totals.on_halving(lambda _: sums_R.mul_(0.5))
         totals.end_step()

@@ -14,7 +14,7 @@ from torchrec_freq.analysis.rates import QUANTILES, learning_rates
 from torchrec_freq.analysis.traffic import BINS, CountHistogram, sample_bin_counts
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import TOTALS
-from torchrec_freq.sharded.model_state import named_tables
+from torchrec_freq.model_state import named_tables
 from torchrec_freq.sharded.tables import FrequencyTables
 
 Writer = Callable[[int, dict[str, float]], object]

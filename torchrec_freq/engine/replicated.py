@@ -21,10 +21,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.engine.counting import CountingTBE
+from torchrec_freq.engine.dense import dense_step
 from torchrec_freq.engine.tbe import only
-from torchrec_freq.rule import row_multiplier
 
 
 class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
@@ -125,37 +124,22 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             start = self.weights_physical_offsets[table]
             weight_RD = self.weights.narrow(0, start, rows * dim).view(rows, dim)
             gradient_RD = gradient.narrow(0, start, rows * dim).view(rows, dim)
-            self._update(table, weight_RD, gradient_RD, self.rows_of(table, occurrences_R))
-        if self.frequency.count != "frozen":
-            self.counts.add_(occurrences_R).clamp_(max=COUNT_CEILING)
+            counts_R, sums_R = self.rows_of(table, self.counts), self.rows_of(table, self.sums)
+            step = dense_step(
+                self.frequency,
+                self.totals,
+                self._members[table].position,
+                counts_R,
+                sums_R,
+                self.rows_of(table, occurrences_R),
+                gradient_RD,
+            )
+            # In float32 at least: the multiplier may be more than float16 holds.
+            weight_RD.sub_(gradient_RD * step.multiplier_R.unsqueeze(1), alpha=self.learning_rate)
+            counts_R.copy_(step.counts_R)
+            sums_R.copy_(step.sums_R)
         if backwards:
             self.totals.end_step()
-
-    def _update(
-        self, table: int, weight_RD: Tensor, gradient_RD: Tensor, occurrences_R: Tensor
-    ) -> None:
-        config, position = self.frequency, self._members[table].position
-        counts_R, sums_R = self.rows_of(table, self.counts), self.rows_of(table, self.sums)
-        squares_R = gradient_RD.to(torch.float32).square().mean(dim=1)
-        after_R = counts_R if config.count == "frozen" else counts_R + occurrences_R
-        multiplier_R = row_multiplier(
-            config,
-            after_R if config.normalize is None else counts_R,
-            sums_R,
-            self.totals.rho().narrow(0, position, 1),
-            squares_R,
-        )
-        admitted_R = after_R >= config.admit
-        multiplier_R, squares_R = multiplier_R * admitted_R, squares_R.where(admitted_R, 0.0)
-        # In float32 at least: the multiplier may be more than float16 holds.
-        weight_RD.sub_(gradient_RD * multiplier_R.unsqueeze(1), alpha=self.learning_rate)
-        if config.normalize is None:
-            return
-        sums_R += squares_R
-        if self.totals.sampled():
-            position_1 = self._position_F.new_full((1,), position)
-            occurred_R = occurrences_R.where(admitted_R, 0)
-            self.totals.add(position_1, squares_R.sum().view(1), occurred_R.sum().view(1))
 
 
 def average_and_apply(

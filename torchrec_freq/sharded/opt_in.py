@@ -19,13 +19,11 @@ from torchrec.distributed.types import (
     ShardingStrategy,
     ShardingType,
 )
+from typing_extensions import Unpack
 
 from torchrec_freq.config import (
-    DEFAULT_EPS,
-    DEFAULT_PRIOR_COUNT,
-    CountMode,
     FrequencyConfig,
-    Normalize,
+    Options,
     check_learning_rate,
     make_config,
     pop_config,
@@ -58,18 +56,7 @@ _FOREIGN_OPTIONS: Final = (
 )
 
 
-def fused_params(
-    lr: float,
-    *,
-    prior_count: float = DEFAULT_PRIOR_COUNT,
-    half_life: int | None = None,
-    admit: int = 1,
-    normalize: Normalize | None = "table",
-    count: CountMode = "samples",
-    min_count: float = 1,
-    eps: float = DEFAULT_EPS,
-    **removed: Any,
-) -> dict[str, Any]:
+def fused_params(lr: float, **options: Unpack[Options]) -> dict[str, Any]:
     """Fused params that opt in all tables of a sharder.
 
     >>> from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -77,9 +64,7 @@ def fused_params(
 
     Args:
         lr: learning rate, at least 0.
-        prior_count, half_life, admit, normalize, count, min_count, eps: see
-            :class:`torchrec_freq.FrequencyConfig`.
-        removed: options of earlier versions, to refuse them with what to do instead.
+        options: those of :class:`torchrec_freq.FrequencyConfig`.
 
     Returns:
         A dict to which FBGEMM's own fused params can be added.
@@ -87,19 +72,7 @@ def fused_params(
     Raises:
         ValueError: a wrong value, or an option that is unknown or was removed.
     """
-    config = make_config(
-        {
-            "prior_count": prior_count,
-            "half_life": half_life,
-            "admit": admit,
-            "normalize": normalize,
-            "count": count,
-            "min_count": min_count,
-            "eps": eps,
-            **removed,
-        }
-    )
-    return {"optimizer": config, "learning_rate": check_learning_rate(lr)}
+    return {"optimizer": make_config(options), "learning_rate": check_learning_rate(lr)}
 
 
 def is_frequency(params: Mapping[str, Any] | None) -> bool:
