@@ -32,7 +32,7 @@ from torchrec_freq.counts.state import (
     totals_of,
 )
 from torchrec_freq.engine.totals import TableTotals
-from torchrec_freq.rule import row_multiplier
+from torchrec_freq.rule import may_move, row_multiplier
 
 
 class FrequencySGD(torch.optim.Optimizer):
@@ -163,7 +163,7 @@ class FrequencySGD(torch.optim.Optimizer):
             totals.rho(),
             squares_U,
         )
-        admitted_U = after_U >= config.admit
+        admitted_U = may_move(config, after_U)
         scaled_UD = (grad_UD * (multiplier_U * admitted_U).unsqueeze(1)).to(param.dtype)
         param.index_add_(0, rows_U, scaled_UD, alpha=-lr)
 

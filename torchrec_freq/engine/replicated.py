@@ -24,7 +24,7 @@ from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.engine.counting import CountingTBE
 from torchrec_freq.engine.tbe import only
-from torchrec_freq.rule import row_multiplier
+from torchrec_freq.rule import may_move, row_multiplier
 
 
 class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
@@ -145,7 +145,7 @@ class ReplicatedTBE(CountingTBE, DenseTableBatchedEmbeddingBagsCodegen):
             self.totals.rho().narrow(0, position, 1),
             squares_R,
         )
-        admitted_R = after_R >= config.admit
+        admitted_R = may_move(config, after_R)
         multiplier_R, squares_R = multiplier_R * admitted_R, squares_R.where(admitted_R, 0.0)
         # In float32 at least: the multiplier may be more than float16 holds.
         weight_RD.sub_(gradient_RD * multiplier_R.unsqueeze(1), alpha=self.learning_rate)
