@@ -54,6 +54,10 @@ class TableTotals:
         self._backward: int | None = None
         self._stream: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The tensors of a copy count their versions from the start.
+        return {**self.__dict__, "_rho": None}
+
     def on_halving(self, halve: Callable[[int], None]) -> None:
         """Calls ``halve`` with each table whose half-life is over."""
         self._halve.append(halve)
