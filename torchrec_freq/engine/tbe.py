@@ -138,9 +138,15 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         return step
 
     def _count(self, rows_L: Tensor) -> None:
-        if self.frequency.count != "frozen":
-            ones_L = torch.ones_like(rows_L, dtype=torch.int32)
-            self.counts.scatter_add_(0, rows_L, ones_L)
+        config = self.frequency
+        if config.count == "frozen":
+            return
+        ones_L = torch.ones_like(rows_L, dtype=torch.int32)
+        self.counts.scatter_add_(0, rows_L, ones_L)
+        if (config.normalize is None or config.prior_count == 0) and self.totals.sampled():
+            # The other rules do it where they sample.
+            counts_L = self.counts.index_select(0, rows_L)
+            self.counts.scatter_(0, rows_L, counts_L.clamp_(max=COUNT_CEILING))
 
     def _admitted(self, rows_L: Tensor, sums_L: Tensor) -> Tensor:
         """The sums, infinite for rows that are not admitted: the kernel does not move them."""
@@ -163,7 +169,7 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         if self.frequency.admit > 1:
             sums_L = torch.where(self._waiting(rows_L), step.own_L, sums_L)
         sums_R.scatter_(0, rows_L, sums_L)
-        if self.totals.sampled():
+        if self.frequency.prior_count > 0 and self.totals.sampled():
             self._sample(step, sums_L.sub_(step.own_L))
 
     def _sample(self, step: _Step, squares_L: Tensor) -> None:

@@ -71,8 +71,8 @@ class TableTotals:
         return self._rho[1]
 
     def sampled(self) -> bool:
-        """Whether this step's sums are wanted."""
-        return self._wanted and any(map(sample_weight, set(self.ages.tolist())))
+        """Whether this step is sampled."""
+        return any(map(sample_weight, set(self.ages.tolist())))
 
     def add(self, position_F: Tensor, squares_F: Tensor, occurrences_F: Tensor) -> None:
         """Adds what a shard saw in a backward of a sampled step.
