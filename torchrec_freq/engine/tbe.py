@@ -83,11 +83,11 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
     def _begin(self, frequency: FrequencyConfig) -> None:
         if self.optimizer != EmbOptimType.EXACT_ROWWISE_ADAGRAD:
             raise ValueError(f"the engine runs on EXACT_ROWWISE_ADAGRAD, not on {self.optimizer}")
-        if self.use_cpu and self.optimizer_args.gradient_clipping:
-            raise ValueError(
-                "gradient_clipping=True: FBGEMM's CPU kernel ignores it. Set it to False, or train "
-                "on a GPU."
-            )
+        for name in ("gradient_clipping", "weight_decay"):
+            if self.use_cpu and getattr(self.optimizer_args, name):
+                raise ValueError(
+                    f"{name}: FBGEMM's CPU kernel ignores it. Leave it out, or train on a GPU."
+                )
         self._factor = kernel_factor(frequency)
         self.register_buffer("counts", None)
         self._start(frequency, self.feature_table_map, self.current_device)
