@@ -72,7 +72,7 @@ class ReferenceTable:
             gradients[row] = gradients.get(row, torch.zeros_like(gradient)) + gradient
         squares, entered = 0.0, 0
         for row, gradient in gradients.items():
-            if self.counts[row] < self.admit:
+            if self.counts[row] < self.admit and self.admit > 1:  # a frozen count may be 0
                 continue
             entered += occurrences[row]
             if self.normalize is None:

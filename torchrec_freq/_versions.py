@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 class StackError(ImportError):

@@ -138,6 +138,15 @@ def row_multiplier(
     return root.add_(config.eps).reciprocal_()
 
 
+def may_move(config: FrequencyConfig, counts: Tensor) -> Tensor:
+    """bool [...]: whether rows move. With ``admit=1`` all do, those of frozen counts of 0 too.
+
+    Args:
+        counts: [...] with this step.
+    """
+    return counts >= (config.admit if config.admit > 1 else 0)
+
+
 def step_squares(squares: Tensor, totals: Tensor, steps: Tensor) -> Tensor:
     r"""What a step adds to :math:`G_t`: its sum of squares, at most a cap, elementwise.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.engine.totals import TableTotals
-from torchrec_freq.rule import row_multiplier
+from torchrec_freq.rule import may_move, row_multiplier
 
 
 class DenseStep(NamedTuple):
@@ -52,11 +52,11 @@ def dense_step(
     rho = totals.rho().narrow(0, position, 1)
     counted_R = after_R if config.normalize is None else counts_R
     multiplier_R = row_multiplier(config, counted_R, sums_R, rho, squares_R)
-    admitted_R = after_R >= config.admit
+    admitted_R = may_move(config, after_R)
     if config.normalize is not None:
         squares_R = squares_R.where(admitted_R, 0.0)
         sums_R = sums_R + squares_R
-        if totals.sampled():
+        if config.prior_count > 0 and totals.sampled():
             occurrences = occurrences_R.where(admitted_R, 0).sum().view(1)
             position_1 = torch.full((1,), position, device=counts_R.device)
             totals.add(position_1, squares_R.sum().view(1), occurrences)

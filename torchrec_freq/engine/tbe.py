@@ -83,11 +83,11 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
     def _begin(self, frequency: FrequencyConfig) -> None:
         if self.optimizer != EmbOptimType.EXACT_ROWWISE_ADAGRAD:
             raise ValueError(f"the engine runs on EXACT_ROWWISE_ADAGRAD, not on {self.optimizer}")
-        if self.use_cpu and self.optimizer_args.gradient_clipping:
-            raise ValueError(
-                "gradient_clipping=True: FBGEMM's CPU kernel ignores it. Set it to False, or train "
-                "on a GPU."
-            )
+        for name in ("gradient_clipping", "weight_decay"):
+            if self.use_cpu and getattr(self.optimizer_args, name):
+                raise ValueError(
+                    f"{name}: FBGEMM's CPU kernel ignores it. Leave it out, or train on a GPU."
+                )
         self._factor = kernel_factor(frequency)
         self.register_buffer("counts", None)
         self._start(frequency, self.feature_table_map, self.current_device)
@@ -138,9 +138,15 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         return step
 
     def _count(self, rows_L: Tensor) -> None:
-        if self.frequency.count != "frozen":
-            ones_L = torch.ones_like(rows_L, dtype=torch.int32)
-            self.counts.scatter_add_(0, rows_L, ones_L)
+        config = self.frequency
+        if config.count == "frozen":
+            return
+        ones_L = torch.ones_like(rows_L, dtype=torch.int32)
+        self.counts.scatter_add_(0, rows_L, ones_L)
+        if (config.normalize is None or config.prior_count == 0) and self.totals.sampled():
+            # The other rules do it where they sample.
+            counts_L = self.counts.index_select(0, rows_L)
+            self.counts.scatter_(0, rows_L, counts_L.clamp_(max=COUNT_CEILING))
 
     def _admitted(self, rows_L: Tensor, sums_L: Tensor) -> Tensor:
         """The sums, infinite for rows that are not admitted: the kernel does not move them."""
@@ -163,7 +169,7 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
         if self.frequency.admit > 1:
             sums_L = torch.where(self._waiting(rows_L), step.own_L, sums_L)
         sums_R.scatter_(0, rows_L, sums_L)
-        if self.totals.sampled():
+        if self.frequency.prior_count > 0 and self.totals.sampled():
             self._sample(step, sums_L.sub_(step.own_L))
 
     def _sample(self, step: _Step, squares_L: Tensor) -> None:

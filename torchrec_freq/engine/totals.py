@@ -54,6 +54,10 @@ class TableTotals:
         self._backward: int | None = None
         self._stream: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The tensors of a copy count their versions from the start.
+        return {**self.__dict__, "_rho": None}
+
     def on_halving(self, halve: Callable[[int], None]) -> None:
         """Calls ``halve`` with each table whose half-life is over."""
         self._halve.append(halve)
@@ -67,8 +71,8 @@ class TableTotals:
         return self._rho[1]
 
     def sampled(self) -> bool:
-        """Whether this step's sums are wanted."""
-        return self._wanted and any(map(sample_weight, set(self.ages.tolist())))
+        """Whether this step is sampled."""
+        return any(map(sample_weight, set(self.ages.tolist())))
 
     def add(self, position_F: Tensor, squares_F: Tensor, occurrences_F: Tensor) -> None:
         """Adds what a shard saw in a backward of a sampled step.
