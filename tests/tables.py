@@ -92,10 +92,13 @@ def counts(tbe: CountingTBE) -> list[list[int]]:
     return [tbe.rows_of(t, tbe.counts).tolist() for t in range(len(tbe.embedding_specs))]
 
 
+def same_weights(a: Any, b: Any) -> None:
+    assert all(map(torch.equal, a.split_embedding_weights(), b.split_embedding_weights()))
+
+
 def same(a: FrequencyTBE, b: FrequencyTBE) -> None:
     """Weights, counts, sums and totals to the last bit."""
-    for x, y in zip(a.split_embedding_weights(), b.split_embedding_weights(), strict=True):
-        assert torch.equal(x, y)
+    same_weights(a, b)
     for name in ("counts", "sums"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     for name in ("values", "ages"):

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_freq.config import require_number
 from torchrec_freq.counts.conversion import check_lookups, check_sums, with_counts_of_sums
-from torchrec_freq.counts.state import COUNT_CEILING, TableState, are_totals, check_counts
+from torchrec_freq.counts.state import (
+    COUNT_CEILING,
+    TableState,
+    are_totals,
+    check_counts,
+    totals_of,
+)
 from torchrec_freq.sharded.install import frequency_modules
-from torchrec_freq.sharded.tables import FrequencyTables, Table
+from torchrec_freq.sharded.tables import FrequencyTables, LocalShard, Table
 
 _Named = dict[str, tuple[FrequencyTables, Table]]
 
@@ -69,7 +76,13 @@ def load_row_counts(
             raise ValueError(f"Table {name!r} has squares but no counts: give both.")
     for name, counts_R in counts.items():
         handle, table = tables[name]
-        handle.load_counts(table.name, counts_R, squares.get(name))
+        if name in squares:
+            total = float(counts_R.sum(dtype=torch.float64))
+            handle.table_totals(table.name).copy_(totals_of(squares[name], total))
+        _, square, count, _ = handle.table_totals(table.name).tolist()
+        for shard in handle.shards_of(table.name):
+            after_R = shard.part_of(counts_R).to(shard.counts.device, torch.int32)
+            _set_counts(shard, after_R, square / count if count else 0.0, keep=name not in squares)
 
 
 def table_states(model: nn.Module) -> dict[str, TableState]:
@@ -158,7 +171,39 @@ def evict_rows(
             raise ValueError(f"Table {name!r}: a row is named twice. Name each row once.")
     for name, rows_E in rows.items():
         handle, table = tables[name]
-        handle.evict(table.name, rows_E.to("cpu", torch.int64), reset)
+        _evict(handle, table, rows_E.to("cpu", torch.int64), reset or table.reset)
+
+
+@torch.no_grad()
+def _set_counts(shard: LocalShard, after_R: Tensor, rho: float, *, keep: bool) -> None:
+    """Sets counts, and sums that go with them: the rows' own mean squares, or the table's."""
+    before_R, sums_R = shard.counts, after_R * rho
+    if keep:
+        scaled_R = (shard.sums * (after_R / before_R)).where(before_R > 0, sums_R)
+        sums_R = shard.sums.where(after_R == before_R, scaled_R)
+    shard.sums.copy_(sums_R)
+    shard.counts.copy_(after_R)
+
+
+@torch.no_grad()
+def _evict(
+    handle: FrequencyTables, table: Table, rows: Tensor, reset: Callable[[Tensor], object]
+) -> None:
+    # One rank makes the weights, so that replicas of a row get the same.
+    weights_ED = handle.from_first(torch.empty(len(rows), table.columns), reset)
+    for shard in handle.shards_of(table.name):
+        mine = (rows >= shard.row_offset) & (rows < shard.row_offset + shard.counts.numel())
+        local = (rows[mine] - shard.row_offset).to(shard.counts.device)
+        shard.counts.index_fill_(0, local, 0)
+        shard.sums.index_fill_(0, local, 0.0)
+        columns = slice(shard.column_offset, shard.column_offset + shard.columns)
+        tbe: Any = shard.tbe
+        if shard.cached:
+            tbe.flush()
+        weights_RD = shard.weights()
+        weights_RD[local] = weights_ED[mine][:, columns].to(weights_RD)
+        if shard.cached:
+            tbe.reset_cache_states()
 
 
 def adagrad_sums(model: nn.Module) -> dict[str, Tensor]:

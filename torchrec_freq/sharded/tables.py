@@ -86,6 +86,11 @@ class LocalShard:
         weights: Tensor = self.tbe.split_embedding_weights()[self.index]  # type: ignore[attr-defined]
         return weights.detach().view(-1, self.columns)
 
+    @property
+    def cached(self) -> bool:
+        """Whether the weights are in host memory, and some rows have copies on the GPU."""
+        return bool(getattr(self.tbe, "lxu_cache_weights", self.counts[:0]).numel())
+
     def learning_rate(self) -> float:
         """That of the next update."""
         rate: float = self.tbe.get_learning_rate()  # type: ignore[attr-defined]
@@ -234,62 +239,6 @@ class FrequencyTables:
         self.age(name).fill_(state.age)
 
     @torch.no_grad()
-    def load_counts(self, name: str, counts_R: Tensor, squares: float | None = None) -> None:
-        r"""Sets the counts of a table's shards on this rank, and their sums to go with them.
-
-        A row keeps the mean square of its occurrences, :math:`A_i / c_i`; one without a count gets
-        the table's.
-
-        Args:
-            squares: sum of the squares that all the counts stand for; None keeps the totals.
-        """
-        totals = self.table_totals(name)
-        if squares is not None:
-            totals.copy_(totals_of(squares, float(counts_R.sum(dtype=torch.float64))))
-        _, total, count, _ = totals.tolist()
-        rho = total / count if count else 0.0
-        for shard in self.shards_of(name):
-            before_R = shard.counts
-            after_R = shard.part_of(counts_R).to(before_R.device, torch.int32)
-            sums_R = after_R * rho
-            if squares is None:
-                scaled_R = (shard.sums * (after_R / before_R)).where(before_R > 0, sums_R)
-                sums_R = shard.sums.where(after_R == before_R, scaled_R)
-            shard.sums.copy_(sums_R)
-            shard.counts.copy_(after_R)
-
-    @torch.no_grad()
-    def evict(
-        self, name: str, rows: Tensor, reset: Callable[[Tensor], object] | None = None
-    ) -> None:
-        """Makes rows those of new ids: no count, no sum, initial weights. All ranks must call it.
-
-        Args:
-            rows: int64 [evicted] on the CPU, the same on every rank.
-            reset: makes the weights, in place, of a tensor [evicted, columns]; None: the table's
-                own.
-        """
-        table = self.tables[name]
-        weights_ED = torch.zeros(len(rows), table.columns)
-        if self.rank == 0 and (self._replicas is None or self._replicas.rank() == 0):
-            (reset or table.reset)(weights_ED)
-        for group in (self.process_group, self._replicas):
-            self._reduce(weights_ED, dist.ReduceOp.SUM, group)
-        for shard in self.shards_of(name):
-            mine = (rows >= shard.row_offset) & (rows < shard.row_offset + shard.counts.numel())
-            local = (rows[mine] - shard.row_offset).to(shard.counts.device)
-            shard.counts.index_fill_(0, local, 0)
-            shard.sums.index_fill_(0, local, 0.0)
-            columns = slice(shard.column_offset, shard.column_offset + shard.columns)
-            cached = getattr(shard.tbe, "lxu_cache_weights", weights_ED[:0]).numel() > 0
-            if cached:  # of a table in host memory, rows of which have copies on the GPU
-                shard.tbe.flush()  # type: ignore[attr-defined]
-            weights_RD = shard.weights()
-            weights_RD[local] = weights_ED[mine][:, columns].to(weights_RD)
-            if cached:
-                shard.tbe.reset_cache_states()  # type: ignore[attr-defined]
-
-    @torch.no_grad()
     def average(self) -> None:
         r"""Makes of counts and totals the mean over the sharding groups. All ranks must call it.
 
@@ -363,6 +312,16 @@ class FrequencyTables:
                 self.load(name, with_counts_of_sums(self.read(name)))
             elif without_sums:
                 self.load(name, with_sums_of_counts(self.read(name)))
+
+    def from_first(self, values: Tensor, fill: Callable[[Tensor], object]) -> Tensor:
+        """What the first rank of all fills in place, on every rank. All ranks must call it."""
+        if self.rank == 0 and (self._replicas is None or self._replicas.rank() == 0):
+            fill(values)
+        else:
+            values.zero_()
+        for group in (self.process_group, self._replicas):
+            self._reduce(values, dist.ReduceOp.SUM, group)
+        return values
 
     def reduce(self, values: Tensor, operation: Any) -> None:
         """Over the ranks, in place, of a tensor on any device. All ranks must call it."""
