@@ -65,16 +65,12 @@ study-full: setup  ## all of the study, about an hour
 	@$(PY) -m benchmarks.study full --tables benchmarks/study $(ARGS)
 
 bench: setup  ## time a step with FrequencySGD beside other optimizers
-	@$(PY) -m benchmarks.bench tbe $(ARGS)
-	@for ranks in 1 $(RANKS); do \
-	    $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks -m benchmarks.bench sharded $(ARGS) || exit 1; \
-	done
-	@$(PY) -m benchmarks.bench report $(ARGS)
+	@$(PY) -m benchmarks.bench --ranks $(RANKS) $(ARGS)
 
 # Not in .venv: in the environment that trains, which may have no network either.
 gpu:  ## time a step on this machine's GPUs with PYTHON as it is, and write a report to share
 	@$(PYTHON) -I $(VERSIONS) check
-	@$(PYTHON) -m benchmarks.gpu $(ARGS)
+	@$(PYTHON) -m benchmarks.bench --gpu --out runs/gpu $(ARGS)
 
 # Two processes, each with a module of tests at a time: what a module prepares is made once.
 PYTEST = $(PY) -m pytest -n 2 --dist loadscope --durations=10

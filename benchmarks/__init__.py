@@ -1,1 +1,1 @@
-"""Measurements: a step beside other optimizers, how they learn, a switch from row-wise Adagrad."""
+"""Measurements: what a step costs, and how the optimizers learn."""

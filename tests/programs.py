@@ -96,10 +96,12 @@ class Program:
         return (self.out + self.err).replace("\r", "\n")
 
 
-def run(name: str, *arguments: object, **options: Any) -> Program:
+def run(
+    name: str, *arguments: object, timeout: float = _TIMEOUT_SECONDS, **options: Any
+) -> Program:
     """Runs a program to its end, which must be a good one."""
     program = Program(name, arguments, **options)
-    codes = program.wait()
+    codes = program.wait(timeout)
     assert set(codes) == {0}, f"{name} {arguments}: {codes}\n{program.printed[-5000:]}"
     return program
 

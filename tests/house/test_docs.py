@@ -185,21 +185,9 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "takes minutes, and a package index or data from the network",
         make_target,
     ),
-    r"python -m benchmarks\.bench profile": (
-        "takes ten seconds; tests/benchmarks runs it on a small shape",
-        program,
-    ),
-    r"python -m benchmarks\.scale.*": (
-        "takes two minutes; tests/benchmarks plans 8 ranks",
-        lambda command: program(re.sub(r" \d+\b", "", command)),
-    ),
-    r"python -m benchmarks\.gpu.*": (
-        "takes a GPU; tests/benchmarks rehearses it",
-        lambda command: program(re.sub(r" (bench|\d+)\b", "", command)),
-    ),
-    r"python -m benchmarks\.switch .*": (
-        "takes some minutes; tests/benchmarks does a few steps",
-        lambda command: program(re.sub(r" (docs|\d+)\b", "", command)),
+    r"python -m benchmarks\.bench .*": (
+        "takes a minute, or a GPU; tests/benchmarks rehearses it",
+        lambda command: program(re.sub(r" (tables|profile|\d+)\b", "", command)),
     ),
     r"python -m pytest tests/\S+": (
         "runs tests that run anyway",
