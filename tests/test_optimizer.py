@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import random
 from typing import Any
@@ -22,10 +23,11 @@ from torchrec_freq import FrequencySGD
 
 LR = 0.03
 RULES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "paper": {"normalize": None},
-    "batches": {"count": "batches", "own_weight": 5},
-    "half-life": {"half_life": 2},
+    "default": {},
+    "row-wise Adagrad": {"prior_count": 0},
+    "frequency alone": {"prior_count": math.inf},
+    "half-life, admit": {"half_life": 20, "admit": 4, "prior_count": 1},
+    "paper": {"normalize": None, "min_count": 3},
 }
 
 
@@ -42,32 +44,39 @@ def test_sparse_gradient(rule: str, mean: bool) -> None:
     optimizer = FrequencySGD(table.parameters(), lr=LR, **RULES[rule])
     whole = ReferenceTable(table.weight, ["f0"], "mean" if mean else "sum", **RULES[rule])
     reference = ReferenceModel({"a": whole}, LR)
-    for _ in range(6):
+    for _ in range(80):  # so that some are not sampled
         features = make_batch(rng, [spec], 5)
         kjt = to_kjt(features)
         optimizer.zero_grad()
         sample_loss({"f0": table(kjt.values(), kjt.offsets().long())}).mean().backward()
         optimizer.step()
         reference.step(features, lambda outputs: sample_loss(outputs).mean())
-        torch.testing.assert_close(
-            table.weight.detach().double(), reference.tables["a"].weight, rtol=0, atol=1e-6
-        )
+    torch.testing.assert_close(table.weight.detach().double(), whole.weight, rtol=0, atol=1e-6)
+    state = optimizer.state[table.weight]
+    assert state["row_counter"].tolist() == whole.count_tensor().tolist()
+    totals = [3.0, whole.squares, whole.total, whole.steps]
+    assert state["table_totals"].tolist() == pytest.approx(totals, rel=1e-5)
+    assert int(state["row_counter_age"]) == whole.age
+    sums = [float(whole.sums.get(row, torch.zeros(1))[0]) for row in range(12)]
+    assert state["momentum1"].tolist() == pytest.approx(sums, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": None}], ids=["table", "paper"])
-def test_dense_presence_equals_sparse(options: dict[str, Any]) -> None:
-    trained = []
-    for sparse in (False, True):
-        torch.manual_seed(0)
-        table = nn.Embedding(6, 4, sparse=sparse)
-        optimizer = FrequencySGD(table.parameters(), lr=0.1, count="batches", **options)
-        for ids in ([0, 0, 3], [3, 4], [0]):
-            optimizer.zero_grad()
-            table(torch.tensor(ids)).square().sum().backward()
-            optimizer.step()
-        assert optimizer.state[table.weight]["row_counter"].tolist() == [2, 0, 0, 2, 1, 0]
-        trained.append(table.weight.detach())
-    torch.testing.assert_close(*trained, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_frozen_counts(sparse: bool) -> None:
+    """Of a dense gradient too, which does not say how often a row occurred."""
+    table = nn.Embedding(6, 4, sparse=sparse)
+    optimizer = FrequencySGD(table.parameters(), lr=0.1, normalize=None, count="frozen")
+    table(torch.tensor([0, 0, 3])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="frozen"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)
+    frozen = torch.tensor([4, 1, 0, 0, 0, 9], dtype=torch.int32)
+    optimizer.state[table.weight]["row_counter"].copy_(frozen)
+    optimizer.step()
+    moved = (before - table.weight.detach())[:, 0]
+    torch.testing.assert_close(moved, torch.tensor([0.1, 0, 0, 0.1, 0, 0]), rtol=1e-5, atol=1e-7)
+    assert torch.equal(optimizer.state[table.weight]["row_counter"], frozen)
 
 
 def test_gradients_that_hide_what_the_rule_needs() -> None:
@@ -183,7 +192,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "too large": ("row_counter", torch.full((10,), 2**40), str(2**40)),
     "one row": ("row_counter", torch.ones(1, dtype=torch.int32), "10 rows"),
     "totals": ("table_totals", torch.tensor([2.0, -1.0, 1.0, 1.0]), "at least 0"),
-    "format": ("table_totals", torch.tensor([3.0, 1.0, 1.0, 1.0]), "format 2"),
+    "format": ("table_totals", torch.tensor([4.0, 1.0, 1.0, 1.0]), "format 3"),
     "age": ("row_counter_age", torch.tensor([-1]), "at least 0"),
 }
 
@@ -209,27 +218,45 @@ def test_state_of_another_optimizer_is_refused() -> None:
         optimizer.load_state_dict(adagrad.state_dict())
 
 
-def test_options_of_a_group_are_checked() -> None:
-    table = nn.Embedding(3, 2)
-    for wrong in ({"own_weight": -1}, {"coherence": 0.1}, {"momentum": 0.9}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            FrequencySGD([{"params": table.parameters(), **wrong}], lr=0.1)
+def test_states_of_others_load() -> None:
+    """Row-wise Adagrad's sums, and version 0.2's counts and sums of the table."""
+    sums = torch.tensor([0.0, 3.0, 0.5] + [0.0] * 7)
+    counts = torch.tensor([0, 6, 1] + [0] * 7, dtype=torch.int32)
+    old = {
+        "row_counter": counts,
+        "table_totals": torch.tensor([2.0, 3.5, 7.0, 7.0], dtype=torch.float64),
+        "row_counter_age": torch.tensor([2]),
+    }
+    for states in (old, {"momentum1": sums}):
+        table, optimizer = trained()
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict({**saved, "state": {0: states}})
+        state = optimizer.state[table.weight]
+        if states is old:
+            assert torch.equal(state["row_counter"], counts)
+            assert state["momentum1"].tolist() == [0.0, 3.0, 0.5] + [0.0] * 7  # G c / C
+            assert state["table_totals"].tolist() == [3.0, 3.5, 7.0, 2.0]
+        else:
+            assert torch.equal(state["momentum1"], sums)
+            seen = state["row_counter"].double()
+            assert seen[0] == 0 and float(seen[1] / seen[2]) == pytest.approx(6, rel=1e-2)
+            _, squares, total, _ = state["table_totals"].tolist()
+            # What the table predicts for a row is about its own sum.
+            assert squares / total * seen[1] == pytest.approx(3.0, rel=1e-2)
+        before = table.weight.detach().clone()
+        optimizer.zero_grad()
+        table(torch.tensor([1])).sum().backward()
+        optimizer.step()
+        moved = (before - table.weight.detach())[1, 0]
+        assert float(moved) == pytest.approx(0.1 / math.sqrt(3.0 + 1.0), rel=0.1)
 
 
-def test_unloaded_frozen_counts_are_refused() -> None:
-    table = nn.Embedding(3, 2, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    before = table.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="frozen"):
-        FrequencySGD(table.parameters(), lr=0.1, count="frozen").step()
-    assert torch.equal(table.weight.detach(), before)
-
-
-def test_a_lookup_without_a_gradient_does_not_count() -> None:
+def test_a_masked_lookup_counts() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     optimizer = FrequencySGD(table.parameters(), lr=0.1)
     output = table(torch.tensor([1, 1, 2]))
     (output * torch.tensor([[1.0], [0.0], [0.0]])).sum().backward()
     optimizer.step()
-    assert optimizer.state[table.weight]["row_counter"].tolist() == [0, 1, 0, 0]
-    assert optimizer.state[table.weight]["table_totals"][1:].tolist() == [1.0, 1.0, 1.0]
+    state = optimizer.state[table.weight]
+    assert state["row_counter"].tolist() == [0, 2, 1, 0]
+    assert state["table_totals"].tolist() == [3.0, 1.0, 3.0, 1.0]
