@@ -36,7 +36,8 @@ def make(
 ) -> FrequencyTBE:
     options = {"feature_table_map": features, "learning_rate": LR, **options}
     tbe = FrequencyTBE(specs(shapes), frequency=config or FrequencyConfig(), **options)
-    return fill(tbe)
+    fill(tbe)
+    return tbe
 
 
 def make_stock(
@@ -47,14 +48,14 @@ def make_stock(
 ) -> Any:
     options = {"feature_table_map": features, "learning_rate": LR, **options}
     tbe = SplitTableBatchedEmbeddingBagsCodegen(specs(shapes), optimizer=optimizer, **options)
-    return fill(tbe)
+    fill(tbe)
+    return tbe
 
 
-def fill(tbe: Any) -> Any:
+def fill(tbe: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for weight in tbe.split_embedding_weights():
         weight.copy_(torch.empty(weight.shape).uniform_(-0.1, 0.1, generator=generator))
-    return tbe
 
 
 def batch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import random
 from typing import Any
@@ -22,10 +23,11 @@ from torchrec_freq import FrequencySGD
 
 LR = 0.03
 RULES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "paper": {"normalize": None},
-    "batches": {"count": "batches", "own_weight": 5},
-    "half-life": {"half_life": 2},
+    "default": {},
+    "row-wise Adagrad": {"prior_count": 0},
+    "frequency alone": {"prior_count": math.inf},
+    "half-life, admit": {"half_life": 20, "admit": 4, "prior_count": 1},
+    "paper": {"normalize": None, "min_count": 3},
 }
 
 
@@ -42,32 +44,39 @@ def test_sparse_gradient(rule: str, mean: bool) -> None:
     optimizer = FrequencySGD(table.parameters(), lr=LR, **RULES[rule])
     whole = ReferenceTable(table.weight, ["f0"], "mean" if mean else "sum", **RULES[rule])
     reference = ReferenceModel({"a": whole}, LR)
-    for _ in range(6):
+    for _ in range(80):  # so that some are not sampled
         features = make_batch(rng, [spec], 5)
         kjt = to_kjt(features)
         optimizer.zero_grad()
         sample_loss({"f0": table(kjt.values(), kjt.offsets().long())}).mean().backward()
         optimizer.step()
         reference.step(features, lambda outputs: sample_loss(outputs).mean())
-        torch.testing.assert_close(
-            table.weight.detach().double(), reference.tables["a"].weight, rtol=0, atol=1e-6
-        )
+    torch.testing.assert_close(table.weight.detach().double(), whole.weight, rtol=0, atol=1e-6)
+    state = optimizer.state[table.weight]
+    assert state["row_counter"].tolist() == whole.count_tensor().tolist()
+    totals = [3.0, whole.squares, whole.total, whole.steps]
+    assert state["table_totals"].tolist() == pytest.approx(totals, rel=1e-5)
+    assert int(state["row_counter_age"]) == whole.age
+    sums = [float(whole.sums.get(row, torch.zeros(1))[0]) for row in range(12)]
+    assert state["momentum1"].tolist() == pytest.approx(sums, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": None}], ids=["table", "paper"])
-def test_dense_presence_equals_sparse(options: dict[str, Any]) -> None:
-    trained = []
-    for sparse in (False, True):
-        torch.manual_seed(0)
-        table = nn.Embedding(6, 4, sparse=sparse)
-        optimizer = FrequencySGD(table.parameters(), lr=0.1, count="batches", **options)
-        for ids in ([0, 0, 3], [3, 4], [0]):
-            optimizer.zero_grad()
-            table(torch.tensor(ids)).square().sum().backward()
-            optimizer.step()
-        assert optimizer.state[table.weight]["row_counter"].tolist() == [2, 0, 0, 2, 1, 0]
-        trained.append(table.weight.detach())
-    torch.testing.assert_close(*trained, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_frozen_counts(sparse: bool) -> None:
+    """Of a dense gradient too, which does not say how often a row occurred."""
+    table = nn.Embedding(6, 4, sparse=sparse)
+    optimizer = FrequencySGD(table.parameters(), lr=0.1, normalize=None, count="frozen")
+    table(torch.tensor([0, 0, 3])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="frozen"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)
+    frozen = torch.tensor([4, 1, 0, 0, 0, 9], dtype=torch.int32)
+    optimizer.state[table.weight]["row_counter"].copy_(frozen)
+    optimizer.step()
+    moved = (before - table.weight.detach())[:, 0]
+    torch.testing.assert_close(moved, torch.tensor([0.1, 0, 0, 0.1, 0, 0]), rtol=1e-5, atol=1e-7)
+    assert torch.equal(optimizer.state[table.weight]["row_counter"], frozen)
 
 
 def test_gradients_that_hide_what_the_rule_needs() -> None:
@@ -108,73 +117,51 @@ def test_groups_and_closure() -> None:
     assert fast.weight[1].tolist() == [-1.0, -1.0]
 
 
-@pytest.mark.parametrize("route", ["state_dict", "file", "distributed"])
+def make(**options: Any) -> tuple[nn.Embedding, FrequencySGD]:
+    torch.manual_seed(0)
+    table = nn.Embedding(10, 4, sparse=True)
+    return table, FrequencySGD(table.parameters(), lr=0.1, **options)
+
+
+def train(table: nn.Embedding, optimizer: FrequencySGD, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        table(torch.tensor([step % 6, 1, 2, 2])).square().sum().backward()
+        optimizer.step()
+
+
+def moved_by(route: str, table: nn.Embedding, optimizer: FrequencySGD) -> Any:
+    """The table and its optimizer, or others with their state."""
+    if route == "deepcopy":
+        return copy.deepcopy((table, optimizer))
+    if route == "pickle":
+        return pickle.loads(pickle.dumps((table, optimizer)))
+    other, resumed = make(half_life=3)
+    other.load_state_dict(table.state_dict())
+    if route == "distributed":
+        state = copy.deepcopy(get_optimizer_state_dict(table, optimizer))
+        set_optimizer_state_dict(other, resumed, optim_state_dict=state)
+    else:
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        resumed.load_state_dict(torch.load(file))
+    return other, resumed
+
+
+@pytest.mark.parametrize("route", ["file", "distributed", "deepcopy", "pickle"])
 def test_state_round_trip(route: str) -> None:
     """Interrupted training goes on as if it had not been; counts beyond float32 stay exact."""
-
-    def make() -> tuple[nn.EmbeddingBag, FrequencySGD]:
-        torch.manual_seed(0)
-        table = nn.EmbeddingBag(6, 4, mode="sum", sparse=True)
-        return table, FrequencySGD(table.parameters(), lr=0.1, half_life=3)
-
-    def train(table: nn.EmbeddingBag, optimizer: FrequencySGD, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            ids = torch.tensor([[step % 6, 1], [2, 2]])
-            table(ids).square().mean().backward()
-            optimizer.step()
-
-    whole, through = make()
+    whole, through = make(half_life=3)
     train(whole, through, range(3))
     through.state[whole.weight]["row_counter"][5] = 2**24 + 1
-    train(whole, through, range(3, 5))
-    saved = copy.deepcopy(through.state_dict())
-    weight = whole.weight.detach().clone()
-    train(whole, through, range(5, 9))
-
-    other, resumed = make()
-    with torch.no_grad():
-        other.weight.copy_(weight)
-    if route == "file":
-        file = io.BytesIO()
-        torch.save(saved, file)
-        file.seek(0)
-        saved = torch.load(file)
-    if route == "distributed":
-        stopped, before = make()
-        before.load_state_dict(saved)
-        state = get_optimizer_state_dict(stopped, before)
-        set_optimizer_state_dict(other, resumed, optim_state_dict=copy.deepcopy(state))
-    else:
-        resumed.load_state_dict(saved)
-    train(other, resumed, range(5, 9))
+    other, resumed = moved_by(route, whole, through)
+    train(whole, through, range(3, 9))
+    train(other, resumed, range(3, 9))
     assert torch.equal(other.weight, whole.weight)
     for key, value in through.state[whole.weight].items():
         assert torch.equal(value, resumed.state[other.weight][key])
         assert value.dtype == resumed.state[other.weight][key].dtype
-
-
-def trained(**options: Any) -> tuple[nn.Embedding, FrequencySGD]:
-    torch.manual_seed(0)
-    table = nn.Embedding(10, 4, sparse=True)
-    optimizer = FrequencySGD(table.parameters(), lr=0.1, **options)
-    for ids in ([1, 1, 3], [3, 9]):
-        optimizer.zero_grad()
-        table(torch.tensor(ids)).square().sum().backward()
-        optimizer.step()
-    return table, optimizer
-
-
-def test_deepcopy_and_pickle_go_on() -> None:
-    tables = []
-    for copied in (lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
-        table, optimizer = copied(trained(half_life=3))
-        for ids in ([1, 1, 3], [3, 9]):
-            optimizer.zero_grad()
-            table(torch.tensor(ids)).square().sum().backward()
-            optimizer.step()
-        tables.append(table.weight.detach())
-    assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
@@ -183,7 +170,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "too large": ("row_counter", torch.full((10,), 2**40), str(2**40)),
     "one row": ("row_counter", torch.ones(1, dtype=torch.int32), "10 rows"),
     "totals": ("table_totals", torch.tensor([2.0, -1.0, 1.0, 1.0]), "at least 0"),
-    "format": ("table_totals", torch.tensor([3.0, 1.0, 1.0, 1.0]), "format 2"),
+    "format": ("table_totals", torch.tensor([4.0, 1.0, 1.0, 1.0]), "format 3"),
     "age": ("row_counter_age", torch.tensor([-1]), "at least 0"),
 }
 
@@ -191,7 +178,8 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_damaged_state_is_refused(case: str) -> None:
     key, value, message = BROKEN[case]
-    _, optimizer = trained()
+    table, optimizer = make()
+    train(table, optimizer, range(2))
     state = copy.deepcopy(optimizer.state_dict())
     before = copy.deepcopy(state)
     state["state"][0][key] = value
@@ -199,37 +187,48 @@ def test_a_damaged_state_is_refused(case: str) -> None:
         optimizer.load_state_dict(state)
     for name, kept in optimizer.state_dict()["state"][0].items():
         assert torch.equal(kept, before["state"][0][name])
-
-
-def test_state_of_another_optimizer_is_refused() -> None:
-    table = nn.Embedding(3, 2, sparse=True)
     adagrad = torch.optim.Adagrad(table.parameters())
-    optimizer = FrequencySGD(table.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="row_counter"):
+    with pytest.raises(ValueError, match="neither row_counter nor momentum1"):
         optimizer.load_state_dict(adagrad.state_dict())
 
 
-def test_options_of_a_group_are_checked() -> None:
-    table = nn.Embedding(3, 2)
-    for wrong in ({"own_weight": -1}, {"coherence": 0.1}, {"momentum": 0.9}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            FrequencySGD([{"params": table.parameters(), **wrong}], lr=0.1)
+OTHERS: dict[str, dict[str, Any]] = {
+    "version 0.2": {
+        "row_counter": torch.tensor([0, 6, 1] + [0] * 7, dtype=torch.int32),
+        "table_totals": torch.tensor([2.0, 3.5, 7.0, 7.0], dtype=torch.float64),
+        "row_counter_age": torch.tensor([2]),
+    },
+    "row-wise Adagrad": {"momentum1": torch.tensor([0.0, 3.0, 0.5] + [0.0] * 7)},
+}
 
 
-def test_unloaded_frozen_counts_are_refused() -> None:
-    table = nn.Embedding(3, 2, sparse=True)
-    table(torch.tensor([1])).sum().backward()
+@pytest.mark.parametrize("whose", OTHERS)
+def test_states_of_others_load(whose: str) -> None:
+    """The rates that they had go on, and the table predicts about each row's own sum."""
+    table, optimizer = make()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: OTHERS[whose]}})
+    state = optimizer.state[table.weight]
+    assert state["momentum1"].tolist() == [0.0, 3.0, 0.5] + [0.0] * 7  # of 0.2: G c / C
+    counts = state["row_counter"].tolist()
+    if whose == "version 0.2":
+        assert counts == OTHERS[whose]["row_counter"].tolist()
+        assert state["table_totals"].tolist() == [3.0, 3.5, 7.0, 2.0]
+    _, squares, total, _ = state["table_totals"].tolist()
+    predicted = [squares / total * count for count in counts]
+    assert predicted == pytest.approx(state["momentum1"].tolist(), rel=2e-3)
     before = table.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="frozen"):
-        FrequencySGD(table.parameters(), lr=0.1, count="frozen").step()
-    assert torch.equal(table.weight.detach(), before)
+    table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    moved = (before - table.weight.detach())[1, 0]
+    assert float(moved) == pytest.approx(0.1 / math.sqrt(3.0 + 1.0), rel=0.05)
 
 
-def test_a_lookup_without_a_gradient_does_not_count() -> None:
+def test_a_masked_lookup_counts() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     optimizer = FrequencySGD(table.parameters(), lr=0.1)
     output = table(torch.tensor([1, 1, 2]))
     (output * torch.tensor([[1.0], [0.0], [0.0]])).sum().backward()
     optimizer.step()
-    assert optimizer.state[table.weight]["row_counter"].tolist() == [0, 1, 0, 0]
-    assert optimizer.state[table.weight]["table_totals"][1:].tolist() == [1.0, 1.0, 1.0]
+    state = optimizer.state[table.weight]
+    assert state["row_counter"].tolist() == [0, 2, 1, 0]
+    assert state["table_totals"].tolist() == [3.0, 1.0, 3.0, 1.0]

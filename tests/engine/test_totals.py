@@ -60,7 +60,8 @@ def test_a_bad_step_enters_as_a_usual_one() -> None:
 
 
 def test_half_life() -> None:
-    totals, halved = totals_of(half_life=3), []
+    totals = totals_of(half_life=3)
+    halved: list[int] = []
     totals.on_halving(halved.append)
     for _ in range(3):
         assert not halved

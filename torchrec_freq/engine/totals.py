@@ -122,7 +122,7 @@ class TableTotals:
         for table, half_life in enumerate(self._half_lives):
             if half_life is not None and ages[table] + 1 >= half_life:
                 self.ages[table] = 0
-                self.values[table, 1:] *= 0.5
+                self.values.select(0, table).narrow(0, 1, 3).mul_(0.5)
                 for halve in self._halve:
                     halve(table)
 
