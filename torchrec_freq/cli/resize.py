@@ -188,8 +188,8 @@ class _Counts:
         counts_R = self.find(name, rows)
         if counts_R is None:
             raise ValueError(
-                f"{self.path} has no counts of table {name!r}, to choose its rows by. Name a file of "
-                "counts, as `python -m torchrec_freq count` writes it: --counts."
+                f"{self.path} has no counts of table {name!r}, to choose its rows by. Name a file "
+                "of counts, as `python -m torchrec_freq count` writes it: --counts."
             )
         return counts_R
 
@@ -262,7 +262,7 @@ def _choose(name: str, rows: int, counts: _Counts, options: Mapping[str, Any]) -
 def _check_names(checkpoint: Checkpoint, renamed: Mapping[str, str], copied: Sequence[str]) -> None:
     """Refuses two tables of one name, and a name in a part that is copied unread."""
     taken = set(copied)
-    for key, new in renamed.items():
+    for new in renamed.values():
         if new in taken:
             raise ValueError(
                 f"--rename: {checkpoint.folder} already has {new}; choose another name."

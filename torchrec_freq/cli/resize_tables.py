@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchrec_freq.counts.dcp_files import Checkpoint, TableKeys
-from torchrec_freq.counts.state import ROW_COUNTER_AGE, TABLE_TOTALS, join_columns
+from torchrec_freq.counts.state import ROW_COUNTER_AGE, TABLE_TOTALS
 from torchrec_freq.output import CheckpointWriter
 
 PART_BYTES: Final = 1 << 25
@@ -88,6 +88,7 @@ class StoredRows:
             advance: called with the bytes of each part.
         """
         widths = [sum(self._widths)] if merge_columns else self._widths
+        shares = torch.tensor(self._widths, dtype=torch.float32) / sum(self._widths)
         random = torch.Generator().manual_seed(rows)
         bound = math.sqrt(1 / rows)  # TorchRec's own initial weights, and so 0 on average
         step = max(PART_BYTES // self.row_bytes, 1)
@@ -115,7 +116,7 @@ class StoredRows:
                     continue
                 values = [self._take(key, part, shard) for shard in range(shards)]
                 if shards > 1 and merge_columns:
-                    values = [join_columns(torch.stack(values, 1), self._widths).flatten()]
+                    values = [torch.stack(values, 1) @ shares]
                 for shard, value in enumerate(values):
                     size = (rows * len(values), *value.shape[1:])
                     offsets = (shard * rows + first, *(0 for _ in value.shape[1:]))

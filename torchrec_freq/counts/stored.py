@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from torchrec_freq.counts.adagrad import check_sums
+from torchrec_freq.counts.conversion import with_sums_of_counts
 from torchrec_freq.counts.dcp_files import Checkpoint, TableKeys
 from torchrec_freq.counts.files import CountsReader
 from torchrec_freq.counts.state import (
     COUNT_CEILING,
     MOMENTUM,
+    OLD_FORMAT,
     ROW_COUNTER,
     ROW_COUNTER_AGE,
     STATE_FORMAT,
@@ -24,7 +25,7 @@ from torchrec_freq.counts.state import (
     TableState,
     are_totals,
     check_counts,
-    join_columns,
+    totals_of,
 )
 
 Blocks = Iterator[tuple[int, Tensor | None, Tensor | None]]
@@ -32,9 +33,6 @@ Blocks = Iterator[tuple[int, Tensor | None, Tensor | None]]
 
 BLOCK_ROWS: Final = 1 << 22
 """Rows of a block."""
-
-_FORMAT_2: Final = 2
-"""Version 0.2's: a row's sum of squares is its share of the table's, by counts."""
 
 _FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SAVE_BOTH: Final = (
@@ -50,9 +48,9 @@ class StoredTable:
         name: as :func:`torchrec_freq.row_counts` gives it.
         rows: number of rows.
         blocks: reads them, ``BLOCK_ROWS`` rows after another. Where the columns are split, a row's
-            sum is that of :func:`torchrec_freq.counts.state.join_columns`.
-        totals: float64 [4], see ``TABLE_TOTALS``; None where nothing has been learned, or it is not
-            known. The number of steps is 0 where it is not known.
+            sum is that of :meth:`torchrec_freq.TableState.row_sums`.
+        totals: float64 [4], see ``TABLE_TOTALS``; of version 0.2's, only the format and the sums
+            mean the same. None where nothing has been learned, or it is not known.
     """
 
     name: str
@@ -78,7 +76,7 @@ def open_stored(path: Path) -> list[StoredTable]:
     """
     if path.is_dir():
         return [
-            StoredTable(t.name, t.rows, t.blocks, t.totals if t.totals[2] else None)
+            StoredTable(t.keys.name, t.rows, t.blocks, t.totals if t.totals[2] else None)
             for t in _tables(path)
         ]
     if not path.exists():
@@ -106,7 +104,7 @@ def read_table_states(path: str | Path) -> dict[str, TableState]:
             folder, and what is missing.
         OSError: it cannot be read.
     """
-    return {table.name: table.state() for table in _tables(Path(path))}
+    return {table.keys.name: table.state() for table in _tables(Path(path))}
 
 
 @dataclass(frozen=True)
@@ -118,57 +116,45 @@ class _Table:
     rows: int
     widths: tuple[int, ...]
     totals: Tensor
-
-    @property
-    def name(self) -> str:
-        return self.keys.name
+    age: int
 
     def blocks(self) -> Blocks:
-        for first in range(0, self.rows, BLOCK_ROWS):
-            rows_R = torch.arange(first, min(first + BLOCK_ROWS, self.rows))
-            counts_R, sums_RS = self._read(rows_R)
-            if sums_RS is not None and sums_RS.shape[1] > 1:
-                sums_RS = join_columns(sums_RS, self.widths)
-            yield first, counts_R, None if sums_RS is None else sums_RS.flatten()
+        has_counts, has_sums = ROW_COUNTER in self.keys.states, MOMENTUM in self.keys.states
+        has_sums |= self.totals[0] == OLD_FORMAT
+        for first, state in self._parts():
+            counts_R = state.counts if has_counts else None
+            yield first, counts_R, state.row_sums() if has_sums else None
 
     def state(self) -> TableState:
-        folder, states = self.checkpoint.folder, self.keys.states
-        if ROW_COUNTER in states and self.totals[0] != STATE_FORMAT:
+        if self.totals[0] == 0:
             raise ValueError(
-                f"{folder} was saved by torchrec_freq 0.1: table {self.name!r} has counts but no "
-                f"{TABLE_TOTALS}. Read the counts with `python -m torchrec_freq report`, or train "
-                "anew."
+                f"{self.checkpoint.folder} was saved by torchrec_freq 0.1: {self.keys.name!r} has "
+                f"no {TABLE_TOTALS}, so the rates of its rows are not known. Train it again."
             )
-        counts_R, sums_RS = self._read(torch.arange(self.rows))
-        if counts_R is None:
-            counts_R = torch.zeros(self.rows, dtype=torch.int32)
-        if sums_RS is None:
-            sums_RS = torch.zeros(self.rows, 1)
-        age = int(self.checkpoint.read(states[ROW_COUNTER_AGE])) if ROW_COUNTER_AGE in states else 0
-        widths = self.widths if sums_RS.shape[1] > 1 else ()
-        return TableState(counts_R, sums_RS, self.totals, age, widths)
+        parts = [state for _, state in self._parts()]
+        counts, sums = ([getattr(part, name) for part in parts] for name in ("counts", "sums"))
+        return replace(parts[0], counts=torch.cat(counts), sums=torch.cat(sums))
 
-    def _read(self, rows_R: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Counts int32 [rows], and sums float32 [rows, column shards]."""
+    def _parts(self) -> Iterator[tuple[int, TableState]]:
+        """First row, and the state of ``BLOCK_ROWS`` rows; 0 where it has no counts or sums."""
         states, read = self.keys.states, self.checkpoint.read
-        counts_R = sums_RS = None
-        if ROW_COUNTER in states:
-            # A counter may be above the ceiling until it is clamped.
-            counts_R = read(states[ROW_COUNTER], rows_R).clamp_(max=COUNT_CEILING)
-        if MOMENTUM in states:
-            shards = range(max(len(self.widths), 1))
-            sums = [read(states[MOMENTUM], rows_R + self.rows * s).float() for s in shards]
-            sums_RS = torch.stack(sums, dim=1)
-        elif counts_R is not None and self.totals[2]:
-            sums_RS = (counts_R * float(self.totals[1] / self.totals[2])).float().unsqueeze(1)
-        try:
-            if counts_R is not None:
-                check_counts(self.name, counts_R)
-            for sums_R in () if sums_RS is None else sums_RS.unbind(1):
-                check_sums(self.name, sums_R)
-        except ValueError as error:
-            raise ValueError(f"{self.checkpoint.folder}: {error}") from error
-        return counts_R, sums_RS
+        shards = range(len(self.widths) or 1)
+        for first in range(0, self.rows, BLOCK_ROWS):
+            rows_R = torch.arange(first, min(first + BLOCK_ROWS, self.rows))
+            counts_R = torch.zeros(len(rows_R), dtype=torch.int32)
+            sums_RS = torch.zeros(len(rows_R), len(shards))
+            if ROW_COUNTER in states:
+                # A counter may be above the ceiling until it is clamped.
+                counts_R = read(states[ROW_COUNTER], rows_R).clamp_(max=COUNT_CEILING)
+                try:
+                    check_counts(self.keys.name, counts_R)
+                except ValueError as error:
+                    raise ValueError(f"{self.checkpoint.folder}: {error}") from error
+            if MOMENTUM in states:
+                for shard in shards:
+                    sums_RS[:, shard] = read(states[MOMENTUM], rows_R + self.rows * shard)
+            state = TableState(counts_R, sums_RS, self.totals, self.age, self.widths)
+            yield first, with_sums_of_counts(state) if self.totals[0] == OLD_FORMAT else state
 
 
 def _tables(folder: Path) -> list[_Table]:
@@ -210,43 +196,39 @@ def _table(checkpoint: Checkpoint, keys: TableKeys) -> _Table | None:
             f"{checkpoint.folder}: table {keys.name!r} has {len(widths)} column shards, and these "
             f"numbers of rows: {rows}. They are not of one run."
         )
-    totals = _totals(checkpoint, keys.states.get(TABLE_TOTALS), is_adagrad=counter is None)
-    return _Table(checkpoint, keys, int(next(iter(rows.values()))), widths, totals)
-
-
-def _totals(checkpoint: Checkpoint, key: str | None, is_adagrad: bool) -> Tensor:
-    """float64 [4], the first one 0 where they are of version 0.1."""
-    totals = torch.zeros(TOTALS, dtype=torch.float64)
-    totals[0] = STATE_FORMAT if is_adagrad else 0
-    if key is None:
-        return totals
-    stored = torch.zeros(0)
-    if checkpoint.size(key, 1, torch.float64) == totals.shape:
-        stored = checkpoint.read(key)
-    if stored.shape != totals.shape or not are_totals(stored):
-        raise ValueError(f"{checkpoint.folder} is damaged: {key} is {stored.tolist()}.")
-    if stored[0] > STATE_FORMAT:
-        raise ValueError(
-            f"{checkpoint.folder} is of a later version: {key} is {stored.tolist()}. Upgrade "
-            "torchrec_freq."
-        )
-    if stored[0] == STATE_FORMAT:
-        return stored
-    if stored[0] == _FORMAT_2:  # its last number is no number of steps
-        totals[:3] = stored[:3]
+    totals = _totals(checkpoint, keys.states.get(TABLE_TOTALS))
+    if counter is None:  # row-wise Adagrad's
         totals[0] = STATE_FORMAT
+    age = keys.states.get(ROW_COUNTER_AGE)
+    steps = 0 if age is None else int(checkpoint.read(age))
+    return _Table(checkpoint, keys, int(next(iter(rows.values()))), widths, totals, steps)
+
+
+def _totals(checkpoint: Checkpoint, key: str | None) -> Tensor:
+    """float64 [4], of format 0 where there are none, as in version 0.1."""
+    if key is None:
+        return torch.zeros(TOTALS, dtype=torch.float64)
+    checkpoint.size(key, 1, torch.float64)
+    totals = checkpoint.read(key)
+    if totals.shape != (TOTALS,) or not are_totals(totals):
+        raise ValueError(f"{checkpoint.folder} is damaged: {key} is {totals.tolist()}.")
+    if totals[0] not in (OLD_FORMAT, STATE_FORMAT):
+        raise ValueError(
+            f"{checkpoint.folder}: {key} is {totals.tolist()}, neither of format {OLD_FORMAT} nor "
+            f"{STATE_FORMAT}. Upgrade torchrec_freq."
+        )
     return totals
 
 
 def _of_file(file: CountsReader, name: str) -> StoredTable:
     """A table of a file of counts. Where its squares are there, its counts are read here once."""
-    squares, totals, per_count = file.squares.get(name), None, None
+    rows, squares, totals = file.rows[name], file.squares.get(name), None
     if squares and (count := sum(int(counts_R.sum()) for _, counts_R in file.blocks(name))):
-        totals = torch.tensor([STATE_FORMAT, squares, count, 0], dtype=torch.float64)
-        per_count = squares / count
+        totals = totals_of(squares, count)
 
     def blocks() -> Blocks:
         for first, counts_R in file.blocks(name, BLOCK_ROWS):
+            per_count = None if totals is None else totals[1] / totals[2]
             yield first, counts_R, None if per_count is None else (counts_R * per_count).float()
 
-    return StoredTable(name, file.rows[name], blocks, totals)
+    return StoredTable(name, rows, blocks, totals)
