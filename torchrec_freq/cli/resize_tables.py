@@ -87,45 +87,55 @@ class StoredRows:
             merge_columns: write a single number a row where each column shard has one.
             advance: called with the bytes of each part.
         """
-        widths = [sum(self._widths)] if merge_columns else self._widths
-        shares = torch.tensor(self._widths, dtype=torch.float32) / sum(self._widths)
-        random = torch.Generator().manual_seed(rows)
-        bound = math.sqrt(1 / rows)  # TorchRec's own initial weights, and so 0 on average
         step = max(PART_BYTES // self.row_bytes, 1)
         for first in range(0, rows, step):
-            place = torch.arange(first, min(first + step, rows))
+            part = torch.arange(first, min(first + step, rows))
             if old_rows is None:
-                part = place.where(place < self.rows, -1)
+                part = part.where(part < self.rows, -1)
             else:
-                part = torch.full_like(place, -1)
                 known = old_rows[first : first + step]
                 part[: len(known)] = known
-            weights = self._take(self._weight, part, 0)
-            new = part < 0
-            initial = torch.rand(int(new.sum()), weights.shape[1], generator=random)
-            weights[new] = initial.mul_(2 * bound).sub_(bound).to(weights.dtype)
-            key, column = self.new_key(self._weight, name), 0
-            for width in widths:
-                shard = weights.narrow(1, column, width).clone(
-                    memory_format=torch.contiguous_format
-                )
-                writer.add(key, shard, (first, column), (rows, weights.shape[1]))
-                column += width
+                part[len(known) :] = -1
+            self._write_weights(writer, name, rows, first, part, merge_columns)
             for key, shards in self._shards.items():
-                if not shards:
-                    continue
                 values = [self._take(key, part, shard) for shard in range(shards)]
                 if shards > 1 and merge_columns:
-                    values = [torch.stack(values, 1) @ shares]
+                    widths = torch.tensor(self._widths, dtype=torch.float32)
+                    values = [torch.stack(values, 1) @ (widths / widths.sum())]
                 for shard, value in enumerate(values):
-                    size = (rows * len(values), *value.shape[1:])
-                    offsets = (shard * rows + first, *(0 for _ in value.shape[1:]))
+                    offsets = [shard * rows + first] + [0] * (value.dim() - 1)
+                    size = [len(values) * rows, *value.shape[1:]]
                     writer.add(self.new_key(key, name), value, offsets, size)
             advance(len(part) * self.row_bytes)
         for key, shards in self._shards.items():
             if not shards:
                 stored = self._checkpoint.stored[key]
                 writer.copy(self.new_key(key, name), stored, self._checkpoint.raw(key))
+
+    def _write_weights(
+        self,
+        writer: CheckpointWriter,
+        name: str,
+        rows: int,
+        first: int,
+        part: Tensor,
+        merge_columns: bool,
+    ) -> None:
+        weights = self._take(self._weight, part, 0)
+        new = part < 0
+        if bool(new.any()):
+            # TorchRec's own; the same in each run.
+            random = torch.Generator().manual_seed(first)
+            bound = math.sqrt(1 / rows)
+            initial = torch.rand(int(new.sum()), weights.shape[1], generator=random)
+            weights[new] = ((2 * initial - 1) * bound).to(weights.dtype)
+        # The widths of the parts say how many column shards the sums are of.
+        widths = [weights.shape[1]] if merge_columns else list(self._widths)
+        column, size = 0, (rows, weights.shape[1])
+        for shard in weights.split(widths, dim=1):
+            values = shard.clone(memory_format=torch.contiguous_format)
+            writer.add(self.new_key(self._weight, name), values, (first, column), size)
+            column += shard.shape[1]
 
     def _take(self, key: str, rows: Tensor, shard: int) -> Tensor:
         """Some rows of a tensor, of one of the shards that lie behind each other; 0 for -1."""

@@ -119,8 +119,8 @@ class _Table:
     age: int
 
     def blocks(self) -> Blocks:
-        has_counts, has_sums = ROW_COUNTER in self.keys.states, MOMENTUM in self.keys.states
-        has_sums |= self.totals[0] == OLD_FORMAT
+        has_counts = ROW_COUNTER in self.keys.states
+        has_sums = MOMENTUM in self.keys.states or bool(self.totals[0] == OLD_FORMAT)
         for first, state in self._parts():
             counts_R = state.counts if has_counts else None
             yield first, counts_R, state.row_sums() if has_sums else None
