@@ -51,6 +51,17 @@ def check_folder(path: Path) -> None:
     check_output(path / ".trial")
 
 
+def check_new(path: Path) -> None:
+    """Finds out whether :func:`writing_folder` could make a folder now; leaves all as it was.
+
+    Raises:
+        OSError: it could not; the message names the path and says why.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "Exists already; name a new folder", str(path))
+    check_output(path)
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new file to fill, which takes the place of ``path`` in one step, once it is on the disk.
@@ -84,8 +95,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
         OSError: ``path`` exists, is in no folder, or cannot be written. The body's own are taken
             for such.
     """
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "Exists already; name a new folder", str(path))
+    check_new(path)
     with _beside(path) as (file, target):
         folder = file.with_name("folder")
         folder.mkdir()

@@ -37,7 +37,7 @@ from torchrec_freq.counts.data_files import map_npy
 from torchrec_freq.counts.dcp_files import Checkpoint, TableKeys
 from torchrec_freq.counts.state import ROW_COUNTER
 from torchrec_freq.counts.stored import open_stored
-from torchrec_freq.output import CheckpointWriter, writing_folder
+from torchrec_freq.output import CheckpointWriter, check_new, writing_folder
 from torchrec_freq.vocabulary import budget_rows, histogram, keep_counted, keep_rows, rows_of
 
 HELP: Final = "write a checkpoint with other tables: grow, shrink, rename, reorder"
@@ -95,7 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the checkpoint that the command line asks for."""
-    checkpoint, output = Checkpoint(arguments.checkpoint), Path(arguments.output)
+    output: Path = arguments.output
+    check_new(output)
+    checkpoint = Checkpoint(arguments.checkpoint)
     for key in checkpoint.stored:
         checkpoint.check(key)
     changes = _changes(checkpoint, arguments)
@@ -104,10 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_names(checkpoint, renamed, copied)
     size = sum(change.rows * change.stored.row_bytes for change in changes)
     size += sum(map(checkpoint.bytes_of, copied))
-    if (parent := output.absolute().parent).is_dir() and size > shutil.disk_usage(parent).free:
-        raise ValueError(
-            f"{output}: needs {size:,} bytes; the disk has {shutil.disk_usage(parent).free:,}."
-        )
+    if size > (free := shutil.disk_usage(output.absolute().parent).free):
+        raise ValueError(f"{output}: needs {size:,} bytes; the disk has {free:,} left.")
     with writing_folder(output) as folder, progress(size, "B") as bar:
         writer = CheckpointWriter(folder)
         for key in copied:
@@ -296,7 +296,7 @@ def _paths(paths: Any, renamed: Mapping[str, str]) -> Any:
 def _report(changes: Sequence[Change]) -> Iterator[str]:
     """A table of what is kept and lost."""
     form = "{:<24} {:>13} {:>13} {:>13} {:>13} {:>13} {:>16}"
-    yield form.format("table", "rows", "kept", "lost", "new", "of lookups", "bytes")
+    yield form.format("table", "rows", "kept", "lost", "new", "lookups kept", "bytes")
     for change in changes:
         old, renamed = change.stored.rows, change.new_name != change.stored.table
         yield form.format(

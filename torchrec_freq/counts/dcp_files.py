@@ -124,10 +124,8 @@ class Checkpoint:
         Raises:
             ValueError: the message names folder or file, and key.
         """
-        stored, itemsize = self.stored[key], 1
-        parts = {MetadataIndex(key): 0}
-        if isinstance(stored, TensorStorageMetadata):
-            parts = {MetadataIndex(key, c.offsets): math.prod(c.sizes) for c in stored.chunks}
+        parts, itemsize = self._parts(key), 1
+        if isinstance(stored := self.stored[key], TensorStorageMetadata):
             itemsize = stored.properties.dtype.itemsize
             if sum(parts.values()) != math.prod(stored.size):
                 raise ValueError(
@@ -135,13 +133,11 @@ class Checkpoint:
                     f"{math.prod(stored.size)} numbers."
                 )
         for index, numbers in parts.items():
-            self._checked(index, numbers * itemsize)
+            self._place(index, numbers * itemsize)
 
     def bytes_of(self, key: str) -> int:
         """Bytes of its parts in the files."""
-        return sum(
-            info.length for index, info in self.metadata.storage_data.items() if index.fqn == key
-        )
+        return sum(self._place(index).length for index in self._parts(key))
 
     def widths(self, key: str) -> tuple[int, ...]:
         """Columns of each column shard of a table's weights; empty where they are not split."""
@@ -191,7 +187,7 @@ class Checkpoint:
         """Some rows of a saved part, ascending."""
         found = torch.empty(len(rows), *chunk.sizes[1:], dtype=dtype)
         width = math.prod(chunk.sizes[1:]) * dtype.itemsize
-        info = self._checked(MetadataIndex(key, chunk.offsets), chunk.sizes[0] * width)
+        info = self._place(MetadataIndex(key, chunk.offsets), chunk.sizes[0] * width)
         path = self.folder / info.relative_path
         start = self._start(key, chunk, dtype, info)
         near = (rows.diff() * width < _GAP_BYTES) & ((rows * width // _WINDOW_BYTES).diff() == 0)
@@ -241,17 +237,19 @@ class Checkpoint:
         Raises:
             ValueError: one is missing; the message names the file.
         """
-        stored = self.stored[key]
-        if isinstance(stored, TensorStorageMetadata):
-            found = [MetadataIndex(key, chunk.offsets) for chunk in stored.chunks]
-        else:
-            found = [MetadataIndex(key)]
-        for index in found:
-            info = self._checked(index)
+        for index in self._parts(key):
+            info = self._place(index)
             with (self.folder / info.relative_path).open("rb") as file:
                 yield index, _create_file_view(file, info.offset, info.length)
 
-    def _checked(self, index: MetadataIndex, size: int = 0) -> _StorageInfo:
+    def _parts(self, key: str) -> dict[MetadataIndex, int]:
+        """How many numbers each saved part of a tensor has; 0 of what is none."""
+        if isinstance(stored := self.stored[key], TensorStorageMetadata):
+            return {MetadataIndex(key, c.offsets): math.prod(c.sizes) for c in stored.chunks}
+        return {MetadataIndex(key): 0}
+
+    def _place(self, index: MetadataIndex, size: int = 0) -> _StorageInfo:
+        """Where a part is in its file, which has room for ``size`` bytes there."""
         info, key = self.metadata.storage_data.get(index), index.fqn
         if info is None or info.length < size:
             raise ValueError(
