@@ -35,7 +35,7 @@ from torchrec_freq.cli.resize_tables import StoredRows
 from torchrec_freq.cli.terminal import progress, visible
 from torchrec_freq.counts.data_files import map_npy
 from torchrec_freq.counts.dcp_files import Checkpoint, TableKeys
-from torchrec_freq.counts.state import ROW_COUNTER
+from torchrec_freq.counts.state import COUNT_CEILING, ROW_COUNTER
 from torchrec_freq.counts.stored import open_stored
 from torchrec_freq.output import CheckpointWriter, check_new, writing_folder
 from torchrec_freq.vocabulary import budget_rows, histogram, keep_counted, keep_rows, rows_of
@@ -160,52 +160,59 @@ class Change:
 class _Counts:
     """Counts to choose rows by: those of a file, where one is given, or else the checkpoint's."""
 
-    def __init__(
-        self, tables: Mapping[str, TableKeys], checkpoint: Path, file: Path | None
-    ) -> None:
-        self.path = file or checkpoint
-        known = file is not None or any(ROW_COUNTER in keys.states for keys in tables.values())
-        self._stored = {t.name: t for t in open_stored(self.path)} if known else {}
+    def __init__(self, checkpoint: Checkpoint, file: Path | None) -> None:
+        self._checkpoint, self._path = checkpoint, file or checkpoint.folder
+        self._keys = {keys.name: keys.states.get(ROW_COUNTER) for keys in checkpoint.tables()}
+        self._stored = None if file is None else {t.name: t for t in open_stored(file)}
+        self._last: tuple[str, Tensor | None] = ("", None)
 
     def find(self, name: str, rows: int) -> Tensor | None:
-        """int32 [rows] of a table; None where there are none."""
-        if name not in self._stored:
-            return None
-        if self._stored[name].rows != rows:
+        """int32 [rows] of a table; None where there are none. Those of one table are kept."""
+        if self._last[0] != name:
+            self._last = ("", None)
+            self._last = (name, self._read(name))
+        counts_R = self._last[1]
+        if counts_R is not None and len(counts_R) != rows:
             raise ValueError(
-                f"{self.path} has counts of {self._stored[name].rows} rows of table {name!r}, "
-                f"which has {rows}."
+                f"{self._path} has counts of {len(counts_R)} rows of table {name!r}, which has "
+                f"{rows}."
             )
-        counts_R = torch.empty(rows, dtype=torch.int32)
-        for first, block_R, _ in self._stored[name].blocks():
-            if block_R is None:
-                return None
-            counts_R[first : first + len(block_R)] = block_R
         return counts_R
 
-    def of(self, name: str, rows: int) -> Tensor:
-        """As :meth:`find`, where it takes counts."""
+    def of(self, name: str, rows: int) -> dict[str, Tensor]:
+        """The counts of a table, by its name, where there must be some."""
         counts_R = self.find(name, rows)
         if counts_R is None:
             raise ValueError(
-                f"{self.path} has no counts of table {name!r}, to choose its rows by. Name a file "
+                f"{self._path} has no counts of table {name!r}, to choose its rows by. Name a file "
                 "of counts, as `python -m torchrec_freq count` writes it: --counts."
             )
-        return counts_R
+        return {name: counts_R}
+
+    def _read(self, name: str) -> Tensor | None:
+        if self._stored is None:
+            if (key := self._keys[name]) is None:
+                return None
+            # A counter may be above the ceiling until it is clamped.
+            return self._checkpoint.read(key).clamp_(max=COUNT_CEILING)
+        if name not in self._stored:
+            return None
+        blocks = [counts_R for _, counts_R, _ in self._stored[name].blocks()]
+        return torch.cat([block_R for block_R in blocks if block_R is not None])
 
 
 def _changes(checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[Change]:
     """What the command line asks for, checked."""
     tables = {keys.name: keys for keys in checkpoint.tables()}
     options = {option: _by_name(option, arguments, tables) for option in _OPTIONS}
-    counts = _Counts(tables, arguments.checkpoint, arguments.counts)
+    counts = _Counts(checkpoint, arguments.counts)
     if arguments.budget is not None:
         if used := [option for option in (*_CHOOSING, "rows") if options[option]]:
             raise ValueError(
                 f"--budget chooses the rows of all tables: leave out {_flag(used[0])}."
             )
         stored = {name: StoredRows(checkpoint, keys) for name, keys in tables.items()}
-        histograms = {name: histogram(counts.of(name, t.rows)) for name, t in stored.items()}
+        histograms = {n: histogram(counts.of(n, t.rows)[n]) for n, t in stored.items()}
         sizes = {name: table.row_bytes for name, table in stored.items()}
         options["keep"] = budget_rows(histograms, sizes, arguments.budget, arguments.admit)
     changes = []
@@ -241,10 +248,9 @@ def _change(name: str, table: StoredRows, counts: _Counts, options: Mapping[str,
 def _choose(name: str, rows: int, counts: _Counts, options: Mapping[str, Any]) -> Tensor | None:
     """int64: the old row of each new one, -1 for a new id; None for the first rows."""
     if "keep" in options:
-        return keep_rows({name: counts.of(name, rows)}, {name: options["keep"]})[name].rows
+        return keep_rows(counts.of(name, rows), {name: options["keep"]})[name].rows
     if "least_count" in options:
-        chosen = keep_counted({name: counts.of(name, rows)}, {name: options["least_count"]})
-        return chosen[name].rows
+        return keep_counted(counts.of(name, rows), {name: options["least_count"]})[name].rows
     if "map" not in options:
         return None
     path: Path = options["map"]

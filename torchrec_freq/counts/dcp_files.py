@@ -37,6 +37,8 @@ _WEIGHT: Final = re.compile(r"(?:.+\.)?embedding(?:_bag)?s\.(?P<table>[^.]+)\.we
 _STATE: Final = re.compile(rf"{_WEIGHT.pattern}\.(?P=table)", re.DOTALL)
 _OURS: Final = (MOMENTUM, ROW_COUNTER, TABLE_TOTALS, ROW_COUNTER_AGE)
 
+# Rows that are read at once where all are.
+_BLOCK_ROWS: Final = 1 << 20
 # Rows whose bytes lie nearer than this are read at once, if they are in the same window.
 _GAP_BYTES: Final = 1 << 16
 _WINDOW_BYTES: Final = 1 << 23
@@ -161,21 +163,27 @@ class Checkpoint:
         if not isinstance(stored, TensorStorageMetadata):
             raise ValueError(f"{self.folder}: {key} is no tensor, so it is not read.")
         if rows is None:
-            rows = torch.arange(stored.size[0])
+            whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+            for first in range(0, len(whole), _BLOCK_ROWS):
+                block = whole[first : first + _BLOCK_ROWS]
+                block.copy_(self.read(key, torch.arange(first, first + len(block))))
+            return whole
         found = torch.empty(len(rows), *stored.size[1:], dtype=stored.properties.dtype)
-        ascending, order = rows.sort()
+        order = None
+        if not bool((rows.diff() > 0).all()):
+            rows, order = rows.sort()
         filled = 0
         for chunk in stored.chunks:
             first, size = chunk.offsets[0], chunk.sizes[0]
             ends = torch.tensor([first, first + size])
-            begin, end = torch.searchsorted(ascending, ends).tolist()
+            begin, end = torch.searchsorted(rows, ends).tolist()
             if begin == end or not math.prod(chunk.sizes):
                 continue
-            part = self._rows_of(key, chunk, stored.properties.dtype, ascending[begin:end] - first)
+            part = self._rows_of(key, chunk, stored.properties.dtype, rows[begin:end] - first)
             target = found
             for dimension in range(1, found.dim()):
                 target = target.narrow(dimension, chunk.offsets[dimension], chunk.sizes[dimension])
-            target[order[begin:end]] = part
+            target[slice(begin, end) if order is None else order[begin:end]] = part
             filled += part.numel()
         if filled != found.numel():
             raise ValueError(f"{self.folder}: {key} is not whole: rows are missing.")
@@ -185,14 +193,17 @@ class Checkpoint:
         self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, rows: Tensor
     ) -> Tensor:
         """Some rows of a saved part, ascending."""
-        found = torch.empty(len(rows), *chunk.sizes[1:], dtype=dtype)
         width = math.prod(chunk.sizes[1:]) * dtype.itemsize
         info = self._place(MetadataIndex(key, chunk.offsets), chunk.sizes[0] * width)
-        path = self.folder / info.relative_path
         start = self._start(key, chunk, dtype, info)
-        near = (rows.diff() * width < _GAP_BYTES) & ((rows * width // _WINDOW_BYTES).diff() == 0)
-        cuts = [0, *((~near).nonzero().flatten() + 1).tolist(), len(rows)]
-        with path.open("rb", buffering=0) as file:
+        cuts = [0, len(rows)]
+        if int(rows[-1] - rows[0]) >= len(rows):
+            near = (rows.diff() * width < _GAP_BYTES) & (
+                (rows * width // _WINDOW_BYTES).diff() == 0
+            )
+            cuts[1:1] = ((~near).nonzero().flatten() + 1).tolist()
+        parts = []
+        with (self.folder / info.relative_path).open("rb", buffering=0) as file:
             for begin, end in itertools.pairwise(cuts):
                 first, last = int(rows[begin]), int(rows[end - 1])
                 block = torch.empty(last + 1 - first, *chunk.sizes[1:], dtype=dtype)
@@ -200,10 +211,11 @@ class Checkpoint:
                 target = block.view(torch.uint8).numpy().reshape(-1).data
                 while target:
                     if not (count := file.readinto(target)):
-                        raise ValueError(f"{path} is truncated: {key} cannot be read.")
+                        raise ValueError(f"{self.folder}: {key} cannot be read: a file ends.")
                     target = target[count:]
-                found[begin:end] = block[rows[begin:end] - first]
-        return found
+                is_whole = len(block) == end - begin
+                parts.append(block if is_whole else block[rows[begin:end] - first])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _start(
         self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, info: _StorageInfo

@@ -31,7 +31,7 @@ from torchrec_freq.counts.state import (
 Blocks = Iterator[tuple[int, Tensor | None, Tensor | None]]
 """First row of a block, its counts, int32, and its sums of squares, float32; None where unknown."""
 
-BLOCK_ROWS: Final = 1 << 22
+BLOCK_ROWS: Final = 1 << 20
 """Rows of a block."""
 
 _FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
