@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -42,7 +43,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_freq import FrequencySGD, read_table_states, save_counts
 from torchrec_freq.__main__ import main
-from torchrec_freq.cli import resize, resize_tables
+from torchrec_freq.cli import resize_tables
 
 # Of DCP, which saves here without a process group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -184,8 +185,8 @@ def test_rows_by_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run(stock, "-o", tmp_path / "no", "--keep", "item=6") == 2
     assert "no counts of table 'item'" in capsys.readouterr().err
     save_counts(tmp_path / "counts", counts)
-    flags = ("--keep", "item=6", "--counts", str(tmp_path / "counts"))
-    assert run(stock, "-o", tmp_path / "by file", *flags) == 0
+    by_file = ("--keep", "item=6", "--counts", tmp_path / "counts")
+    assert run(stock, "-o", tmp_path / "by file", *by_file) == 0
     check_table(load(tmp_path / "by file"), whole_state(is_ours=False), kept, "item item")
 
 
@@ -213,8 +214,6 @@ def build(optimizer: Any, plan: str, rows: Mapping[str, int]) -> Any:
 
 def train(model: Any, steps: int, rows: Mapping[str, list[int]] | None = None) -> list[float]:
     """Losses of steps; with ``rows``, on the ids that the old rows have got."""
-    import random
-
     rng, rank, ranks = random.Random(0), dist.get_rank(), dist.get_world_size()
     losses = []
     for _ in range(steps):
@@ -273,10 +272,11 @@ def test_training_goes_on_under_another_plan(tmp_path: Path, move: Any) -> None:
     tolerance = 1e-2 if "--merge-columns" in flags else 1e-6
     options = {"folder": tmp_path, "optimizer": optimizer, "tolerance": tolerance}
     run_on_ranks(new_layout[0], load_resized, {**options, "plan": new_plan}, hosts=new_layout[1])
-    for name, old in read_table_states(tmp_path / "old").items():
-        new, rows = read_table_states(tmp_path / "new")[name], torch.tensor(TAKEN[name])
-        torch.testing.assert_close(new.row_sums(), old.take(rows).row_sums())
-        assert torch.equal(new.counts, old.take(rows).counts)
+    found = read_table_states(tmp_path / "new")
+    for name, state in read_table_states(tmp_path / "old").items():
+        expected = state.take(torch.tensor(TAKEN[name]))
+        torch.testing.assert_close(found[name].row_sums(), expected.row_sums())
+        assert torch.equal(found[name].counts, expected.counts)
 
 
 MEMORY = """
@@ -366,26 +366,18 @@ def test_bad_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = save(tmp_path / "old", whole_state())
-    for name, values in {
-        "twice": [0, 0],
-        "far": [0, 20],
-        "floats": [0.5],
-        "wide": [[0]],
-        "good": [0],
-    }.items():
-        mapping = np.full(
-            np.shape(values) if name == "wide" else 20, -1.0 if name == "floats" else -1
-        )
-        mapping[: len(values)] = values
-        np.save(tmp_path / f"{name}.npy", mapping)
+    lost = [-1] * 18
+    mappings: dict[str, Any] = {"twice": [0, 0, *lost], "far": [0, 20, *lost], "wide": [[0]]}
+    for name, values in {**mappings, "floats": [0.5] * 20, "good": [0, 1, *lost]}.items():
+        np.save(tmp_path / f"{name}.npy", np.array(values))
     (tmp_path / "text.npy").write_text("1,2,3")
     save_counts(tmp_path / "short", {"item": torch.ones(3)})
     bags = save(tmp_path / "groups", {**whole_state(), "groups": {"params": [weight_key("user")]}})
     collision = "x._managed_collision_modules.item.ids"
     ids = save(tmp_path / "collision", {**whole_state(), collision: torch.ones(2)})
-    odd = whole_state()
-    odd["opt"][f"{weight_key('item')}.item.odd"] = torch.ones(5)
-    odd = save(tmp_path / "odd", odd)
+    state = whole_state()
+    state["opt"][f"{weight_key('item')}.item.odd"] = torch.ones(5)
+    odd = save(tmp_path / "odd", state)
     damaged = tmp_path / "damaged"
     shutil.copytree(old, damaged)
     data = damaged / "__0_0.distcp"
@@ -444,9 +436,3 @@ def test_bad_input(
         assert run(old, "-o", tmp_path / "new", *SHRINK) == 2
         assert f"No space left on device: '{tmp_path}/new'" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--help") == 0
-    assert "the rows with at least this count" in capsys.readouterr().out
-    assert resize.HELP in " ".join((resize.HELP, ""))
