@@ -32,6 +32,7 @@ from torchrec_freq.counts import state
 from torchrec_freq.counts.files import CountsFile, load_counts, save_counts
 from torchrec_freq.counts.ids import count_ids
 from torchrec_freq.counts.state import COUNT_CEILING, TableState
+from torchrec_freq.counts.stored import read_table_states
 from torchrec_freq.model_state import (
     adagrad_sums,
     evict_rows,
@@ -68,6 +69,7 @@ __all__ = [
     "load_counts",
     "load_row_counts",
     "load_table_states",
+    "read_table_states",
     "row_counts",
     "save_counts",
     "table_states",

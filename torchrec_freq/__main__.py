@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from torchrec_freq.cli import count, doctor, plan, report
+from torchrec_freq.cli import count, doctor, plan, report, resize
 from torchrec_freq.cli.terminal import visible
 
 COMMANDS: Final = {
@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "doctor": doctor,
     "plan": plan,
     "report": report,
+    "resize": resize,
 }
 """Modules with a ``HELP`` line, ``add_arguments(parser)``, and ``run(arguments)``, which may return
 an exit status. It raises a ValueError that names the file or table where arguments or data are

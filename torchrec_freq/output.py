@@ -1,14 +1,31 @@
-"""Files that are written whole or not at all, and can be checked before the work for them."""
+"""Files and folders that are written whole or not at all, and can be checked before the work."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import pickle
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any, Final
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+_DATA: Final = "__0_0.distcp"
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -34,6 +51,17 @@ def check_folder(path: Path) -> None:
     check_output(path / ".trial")
 
 
+def check_new(path: Path) -> None:
+    """Finds out whether :func:`writing_folder` could make a folder now; leaves all as it was.
+
+    Raises:
+        OSError: it could not; the message names the path and says why.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "Exists already; name a new folder", str(path))
+    check_output(path)
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new file to fill, which takes the place of ``path`` in one step, once it is on the disk.
@@ -56,6 +84,29 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(target.parent)
 
 
+@contextlib.contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes ``path`` in one step, once its files are on the disk.
+
+    There is no ``path`` where the body fails, or is interrupted. Where the process is killed, a
+    folder ``.writing-*`` is left beside it.
+
+    Raises:
+        OSError: ``path`` exists, is in no folder, or cannot be written. The body's own are taken
+            for such.
+    """
+    check_new(path)
+    with _beside(path) as (file, target):
+        folder = file.with_name("folder")
+        folder.mkdir()
+        yield folder
+        for name in sorted(folder.iterdir()):
+            sync(name)
+        sync(folder)
+        os.rename(folder, target)
+        sync(target.parent)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file of text in UTF-8 as :func:`writing` does.
 
@@ -73,6 +124,60 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class CheckpointWriter:
+    """Writes a checkpoint of ``torch.distributed.checkpoint``, part of a tensor by part.
+
+    ``dcp.save`` would want whole tensors. Until this one is finished there is no ``.metadata``, and
+    so no checkpoint.
+
+    Args:
+        folder: an empty one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / _DATA).open("xb")
+        self._stored: dict[str, Any] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def add(self, key: str, part: Tensor, offsets: Sequence[int], size: Sequence[int]) -> None:
+        """Writes a part of a tensor.
+
+        Args:
+            part: contiguous, in a storage of its own.
+            offsets: place of the part in the tensor.
+            size: of the whole tensor.
+        """
+        begin = self._file.tell()
+        torch.save(part, self._file)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), part.shape)
+        whole = TensorStorageMetadata(TensorProperties(part.dtype), torch.Size(size), [])
+        self._stored.setdefault(key, whole).chunks.append(chunk)
+        self._end(MetadataIndex(key, chunk.offsets), begin)
+
+    def copy(self, key: str, stored: Any, parts: Iterable[tuple[MetadataIndex, IO[bytes]]]) -> None:
+        """Writes all there is of a key, whatever it is, as another checkpoint holds it.
+
+        Args:
+            stored: what describes it there.
+            parts: index there and bytes of each part.
+        """
+        self._stored[key] = stored
+        for index, part in parts:
+            begin = self._file.tell()
+            shutil.copyfileobj(part, self._file, 1 << 20)
+            self._end(MetadataIndex(key, index.offset), begin)
+
+    def finish(self, planner_data: Any) -> None:
+        """Makes it a whole checkpoint."""
+        self._file.close()
+        found = Metadata(self._stored, planner_data, self._places, StorageMeta())
+        (self._folder / ".metadata").write_bytes(pickle.dumps(found))
+
+    def _end(self, index: MetadataIndex, begin: int) -> None:
+        self._places[index] = _StorageInfo(_DATA, begin, self._file.tell() - begin)
 
 
 @contextlib.contextmanager

@@ -1,26 +1,20 @@
-"""Checkpoints of ``torch.distributed.checkpoint`` read without running what may be in them.
+"""The metadata of a checkpoint, read without running what may be in them.
 
-A checkpoint's ``.metadata`` is a pickle, which can name any function to call. Read here, it can
-name the classes of DCP's metadata and torch's types only.
+The ``.metadata`` of ``torch.distributed.checkpoint`` are a pickle, which can name any function to
+call. Read here, they can name the classes of DCP's metadata and torch's types only.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import pathlib
 import pickle
-import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,8 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
-
-from torchrec_freq.counts.row_state import RowShard, RowState
 
 _CLASSES: Final = (
     BytesStorageMetadata,
@@ -58,34 +50,38 @@ _PLAIN: Final[dict[tuple[str, str], Any]] = {
 }
 
 
+def read_metadata(folder: Path) -> Metadata:
+    """The checked metadata of a checkpoint.
+
+    Raises:
+        ValueError: not a whole checkpoint, damaged, or not DCP's; the message names the path.
+        OSError: it cannot be read.
+    """
+    path = folder / ".metadata"
+    if not path.exists():
+        whole = [str(found.parent) for found in sorted(folder.rglob(".metadata"))]
+        below = f" Whole ones below it: {', '.join(whole)}." if whole else ""
+        raise ValueError(
+            f"{folder} is not a whole checkpoint of torch.distributed.checkpoint: it has no "
+            f".metadata. Name the folder that was given to save as checkpoint_id.{below}"
+        )
+    raw = io.BytesIO(path.read_bytes())
+    try:
+        found: Metadata = _Unpickler(raw).load()
+        _check(found)
+    except Exception as error:  # bytes that are no pickle can fail in any way
+        raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error
+    return found
+
+
 class Reader(FileSystemReader):
-    """DCP's reader of a folder, for tensors in folders from others."""
-
-    _found: Metadata | None = None
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Starts anew, perhaps in another folder."""
-        super().reset(checkpoint_id)
-        self._found = None
+    """DCP's reader, for ``dcp.load`` of tensors from a folder that others wrote."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The checked metadata, read once: those of many ranks take seconds.
-
-        Raises:
-            ValueError: damaged, or not DCP's; the message names the file.
-            OSError: missing, or cannot be read.
-        """
-        if self._found is None:
-            path = Path(self.path, ".metadata")
-            raw = io.BytesIO(path.read_bytes())
-            try:
-                found: Metadata = _Unpickler(raw).load()
-                _check(found)
-            except Exception as error:  # bytes that are no pickle can fail in any way
-                raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error
-            self._found = found
-        self._found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
-        return self._found
+        """See :func:`read_metadata`."""
+        found = read_metadata(Path(self.path))
+        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return found
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads tensors.
@@ -116,7 +112,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check(found: Metadata) -> None:
-    """Raises any exception unless this has the types and bounds that DCP relies on."""
+    """Raises any exception unless this has the types and bounds that its readers rely on."""
     _expect(isinstance(found, Metadata), found)
     for key, stored in found.state_dict_metadata.items():
         _expect(isinstance(key, str), key)
@@ -124,9 +120,12 @@ def _check(found: Metadata) -> None:
             _expect(isinstance(stored, TensorStorageMetadata), stored)
             _expect(isinstance(stored.properties.dtype, torch.dtype), stored.properties)
             _expect(isinstance(stored.chunks, list), stored)
-            sizes = [size for c in stored.chunks for size in (c.sizes, c.offsets)]
-            _expect(all(map(_is_size, [stored.size, *sizes])), stored)
-            _expect(all(len(c.sizes) == len(c.offsets) for c in stored.chunks), stored)
+            boxes = [(c.offsets, c.sizes) for c in stored.chunks]
+            _expect(all(map(_is_size, [stored.size, *(n for box in boxes for n in box)])), stored)
+            for box in boxes:
+                _expect({len(numbers) for numbers in box} == {len(stored.size)}, stored)
+                ends = [first + size for first, size in zip(*box, strict=True)]
+                _expect(all(end <= n for end, n in zip(ends, stored.size, strict=True)), stored)
     for index, info in found.storage_data.items():
         _expect(isinstance(index, MetadataIndex) and isinstance(index.fqn, str), index)
         name = info.relative_path
@@ -142,101 +141,3 @@ def _is_size(value: Any) -> bool:
 def _expect(holds: bool, value: object) -> None:
     if not holds:
         raise ValueError(f"unexpected {value!r:.100}")
-
-
-class Checkpoint:
-    """A checkpoint whose tensors of one dimension are read part by part.
-
-    It needs no process group, and fits any sharding plan.
-
-    Attributes:
-        metadata: what describes it.
-        stored: what describes each key.
-
-    Raises:
-        ValueError: no whole checkpoint, or a damaged one; the message names the folder.
-        OSError: it cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        if not (folder / ".metadata").exists():
-            whole = [str(path.parent) for path in sorted(folder.rglob(".metadata"))]
-            below = f" Whole ones below it: {', '.join(whole)}." if whole else ""
-            raise ValueError(
-                f"{folder} is not a whole checkpoint of torch.distributed.checkpoint: it has no "
-                f".metadata. Name the folder that was given to save as checkpoint_id.{below}"
-            )
-        self.folder = folder
-        self._reader = Reader(folder)
-        self.metadata = self._reader.read_metadata()
-        self.stored = self.metadata.state_dict_metadata
-
-    def stems(self, suffix: str) -> list[str]:
-        """Keys that end in this, without it."""
-        return [key.removesuffix(suffix) for key in self.stored if key.endswith(suffix)]
-
-    def parts(
-        self, key: str, dtypes: Sequence[torch.dtype], otherwise: str
-    ) -> list[tuple[int, int]]:
-        """First element and length of each saved part of a tensor of one dimension, in order.
-
-        Args:
-            dtypes: that it may have.
-            otherwise: what is said of the key where there is another thing.
-
-        Raises:
-            ValueError: it is another thing, or parts of it are missing, also in the files; the
-                message names folder and key.
-        """
-        stored = self.stored[key]
-        if (
-            not isinstance(stored, TensorStorageMetadata)
-            or len(stored.size) != 1
-            or stored.properties.dtype not in dtypes
-        ):
-            raise ValueError(f"{self.folder}: {key} {otherwise}: {stored}.")
-        if any(len(chunk.sizes) != 1 for chunk in stored.chunks):
-            raise ValueError(f"{self.folder}/.metadata is damaged: {key} has parts of a matrix.")
-        # Ranks without a row may have saved a part of none.
-        parts = sorted((c.offsets[0], c.sizes[0]) for c in stored.chunks if c.sizes[0])
-        end = 0
-        for first, rows in parts:
-            if first != end:
-                break
-            end += rows
-        if end != stored.size[0]:
-            raise ValueError(f"{self.folder}: {key} lacks rows from {end} of {stored.size[0]}.")
-        # No memory for more rows than files can hold.
-        for first, rows in parts:
-            info = self.metadata.storage_data.get(MetadataIndex(key, [first]))
-            if info is None or info.length < rows * stored.properties.dtype.itemsize:
-                raise ValueError(
-                    f"{self.folder}/.metadata is damaged: {key} has no place for {rows} rows."
-                )
-            file = self.folder / info.relative_path
-            if file.exists() and file.stat().st_size < info.offset + info.length:
-                raise ValueError(f"{file} is truncated: {key} cannot be read. Copy it again.")
-        return parts
-
-    def load(self, key: str, into: Tensor, first: int = 0, size: int | None = None) -> None:
-        """Reads a tensor, or its elements from ``first`` on, as many as ``into`` has.
-
-        Args:
-            size: of the whole tensor; None where it is that of ``into``.
-
-        Raises:
-            ValueError: they cannot be read; the message names folder and key.
-        """
-        target = into if size is None else RowState(size, [RowShard(first, True, into)])
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load({key: target}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:
-            causes = [cause for cause, _ in error.failures.values()]
-            if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-                raise KeyboardInterrupt from error
-            raise ValueError(
-                f"{self.folder}: {key} cannot be read: {'; '.join(map(repr, causes))}. Copy it "
-                "again."
-            ) from error

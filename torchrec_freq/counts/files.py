@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import sys
-import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,7 +93,7 @@ def save_counts(
         storages.add(tensor_R.untyped_storage().data_ptr())
         tensors[name] = tensor_R
         start = _checksum_of_header(name, len(tensor_R), squares.get(name))
-        checksums[name] = _checksum(tensor_R, start)
+        checksums[name] = zlib.crc32(tensor_R.numpy().data, start)
     metadata = {"format": _FORMAT, "version": _VERSION, "crc32": json.dumps(checksums)}
     if squares:
         metadata["squares"] = json.dumps({name: float(squares[name]) for name in squares})
@@ -134,7 +132,7 @@ def load_counts(path: str | os.PathLike[str]) -> CountsFile:
 
 
 class CountsReader:
-    """A file of counts as it is now, read block by block, whatever takes its name meanwhile.
+    """A file of counts, read block by block.
 
     Attributes:
         rows: table name -> number of rows.
@@ -145,28 +143,32 @@ class CountsReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        from safetensors import SafetensorError, safe_open
+
         self._path = Path(path)
-        # Where there is a pipe, opening it would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        weakref.finalize(self, os.close, descriptor)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        self._path.stat()  # what is not there is not damaged
+        if not self._path.is_file():
             raise OSError(f"{path} is a folder, pipe or device. Name a file of counts.")
-        # The library opens names, and a name may go to another file between two of its calls.
-        self._name = f"/dev/fd/{descriptor}"
-        with self._open() as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{path} is a safetensors file, but not one of counts: its format is "
-                    f"{metadata.get('format')!r} instead of {_FORMAT!r}. Counts are written by "
-                    "torchrec_freq.save_counts and python -m torchrec_freq count."
-                )
-            if metadata.get("version") not in _READABLE:
-                raise ValueError(
-                    f"{path} holds counts in version {metadata.get('version')!r} of the format; "
-                    f"this torchrec_freq reads up to {_VERSION!r}. Upgrade torchrec_freq."
-                )
-            self.rows = {name: self._rows_of(file, name) for name in file.keys()}  # noqa: SIM118
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file ({error}). Copy it again, or "
+                "write it with torchrec_freq.save_counts."
+            ) from error
+        metadata = self._file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path} is a safetensors file, but not one of counts: its format is "
+                f"{metadata.get('format')!r} instead of {_FORMAT!r}. Counts are written by "
+                "torchrec_freq.save_counts and python -m torchrec_freq count."
+            )
+        if metadata.get("version") not in _READABLE:
+            raise ValueError(
+                f"{path} holds counts in version {metadata.get('version')!r} of the format; "
+                f"this torchrec_freq reads up to {_VERSION!r}. Upgrade torchrec_freq."
+            )
+        self.rows = {name: self._rows_of(name) for name in self._file.keys()}  # noqa: SIM118
         self.squares: dict[str, float] = self._by_table(metadata, "squares") or {}
         if not all(name in self.rows and _is_square(x) for name, x in self.squares.items()):
             raise ValueError(f"{path} is damaged: its squares are {self.squares}.")
@@ -179,15 +181,12 @@ class CountsReader:
         """A table's counts, ``block_rows`` rows after another.
 
         Yields:
-            first row, and int32 or int64 [rows of the block], which nothing else refers to. The
-            checksum is compared after the last one.
+            first row, and int32 [rows of the block]. The checksum is compared after the last one.
         """
         rows = self.rows[name]
         checksum = _checksum_of_header(name, rows, self.squares.get(name))
         for first in range(0, rows, block_rows):
-            # Opened anew for each block, or what has been read stays mapped.
-            with self._open() as file:
-                counts_R = file.get_slice(name)[first : first + block_rows].clone()
+            counts_R = self._file.get_slice(name)[first : first + block_rows]
             try:
                 check_counts(name, counts_R)
             except ValueError as error:
@@ -195,27 +194,13 @@ class CountsReader:
                     f"{self._path}: {error} The file is damaged, or was not written by "
                     "torchrec_freq."
                 ) from error
-            checksum = _checksum(counts_R, checksum)
-            yield first, counts_R
+            checksum = zlib.crc32(counts_R.numpy().data, checksum)
+            yield first, counts_R.to(torch.int32, copy=True)
         if self._checksums is not None and self._checksums[name] != checksum:
             raise ValueError(
                 f"{self._path} is damaged: the counts of table {name!r} do not have the checksum "
                 "that they were written with. Copy the file again."
             )
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        """The library's view of the file, and its errors as ours."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self._name, framework="pt") as file:
-                yield file
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self._path} is truncated or not a safetensors file ({error}). Copy it again, or "
-                "write it with torchrec_freq.save_counts."
-            ) from error
 
     def _by_table(self, metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
         """A JSON object in the metadata; None where there is none."""
@@ -226,9 +211,9 @@ class CountsReader:
                 return found
         raise ValueError(f"{self._path} is damaged: its {key} are no JSON object.")
 
-    def _rows_of(self, file: Any, name: str) -> int:
+    def _rows_of(self, name: str) -> int:
         """Rows of a table, whose type and shape are checked."""
-        stored = file.get_slice(name)
+        stored = self._file.get_slice(name)
         dtype, shape = stored.get_dtype(), stored.get_shape()
         if dtype not in _DTYPES or len(shape) != 1:
             raise ValueError(
@@ -248,8 +233,3 @@ def _is_square(value: Any) -> bool:
 def _checksum_of_header(name: str, rows: int, square: float | None) -> int:
     """CRC-32 of what a file says of a table besides the counts."""
     return zlib.crc32(json.dumps([name, rows, None if square is None else float(square)]).encode())
-
-
-def _checksum(counts_R: Tensor, start: int) -> int:
-    """``start`` continued with the bytes of counts, contiguous on the CPU."""
-    return zlib.crc32(counts_R.numpy().data, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -59,12 +59,107 @@ class TableState:
     age: int = 0
     widths: tuple[int, ...] = ()
 
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.counts)
+
+    def take(self, rows: Tensor) -> TableState:
+        """The state for a table of other rows, or of these in another order.
+
+        A row that is kept keeps its count and its sums, and so its rate. The totals go with the
+        table: they say what an occurrence of any row is worth, so no row's rate depends on which
+        others were kept.
+
+        Args:
+            rows: int64 [new rows]: the old row of each new one, or -1 for a new id, which starts
+                with count and sums 0.
+
+        Raises:
+            ValueError: not whole numbers, a row that is not there, or one taken twice.
+        """
+        check_rows(rows, self.rows)
+        known_R = rows >= 0
+        counts_R = self.counts.new_zeros(len(rows))
+        sums_R = self.sums.new_zeros(len(rows), self.sums.shape[1])
+        counts_R[known_R] = self.counts[rows[known_R]]
+        sums_R[known_R] = self.sums[rows[known_R]]
+        return replace(self, counts=counts_R, sums=sums_R)
+
+    def resize(self, rows: int) -> TableState:
+        """The state with the first ``rows`` rows, or with new ones behind the old.
+
+        Raises:
+            ValueError: less than 1 row.
+        """
+        if rows < 1:
+            raise ValueError(f"A table has at least 1 row; got {rows}.")
+        first_R = torch.arange(rows)
+        return self.take(first_R.where(first_R < self.rows, -1))
+
+    @staticmethod
+    def merge(states: Sequence[TableState]) -> TableState:
+        """The state of one table that holds the rows of several, one table behind the other.
+
+        Their totals add up: an occurrence is worth the mean over all tables. Where the tables are
+        split into other columns, the merged one is as if it were not split.
+
+        Raises:
+            ValueError: no table.
+        """
+        if not states:
+            raise ValueError("No table to merge: give at least one state.")
+        if len({state.widths for state in states}) > 1:
+            states = [replace(s, sums=s.row_sums().unsqueeze(1), widths=()) for s in states]
+        totals = torch.stack([state.totals for state in states])
+        # Tables of one model were trained in the same steps.
+        format, steps = totals[0, :1], totals[:, 3].max().reshape(1)
+        return TableState(
+            torch.cat([state.counts for state in states]),
+            torch.cat([state.sums for state in states]),
+            torch.cat([format, totals[:, 1:3].sum(0), steps]),
+            max(state.age for state in states),
+            states[0].widths,
+        )
+
     def row_sums(self) -> Tensor:
         """float32 [rows]: the sums of the whole rows, which are means over the columns."""
         if len(self.widths) < 2:
             return self.sums[:, 0]
         shares = torch.tensor(self.widths, dtype=torch.float32) / sum(self.widths)
         return self.sums @ shares
+
+
+def check_rows(rows: Tensor, end: int) -> None:
+    """Refuses what cannot say of each row of a table which row of another one it is.
+
+    Args:
+        rows: [rows] numbers of rows of the other table, each at most once; -1 for none.
+        end: rows of the other table.
+
+    Raises:
+        ValueError: another shape or type, a row that is not there, or one that comes twice; the
+            message names the place and the value.
+    """
+    if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise ValueError(
+            f"rows must be whole numbers of shape [rows]; got {rows.dtype}, {list(rows.shape)}."
+        )
+    wrong = ((rows < -1) | (rows >= end)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise ValueError(
+            f"rows[{place}] is {int(rows[place])}, out of range: must be 0 to {end - 1}, or -1 for "
+            "none."
+        )
+    known = rows[rows >= 0].long()
+    seen = torch.zeros(end, dtype=torch.bool)
+    seen[known] = True
+    if int(seen.sum()) < len(known):
+        values, uses = known.unique(return_counts=True)
+        twice = int(values[uses > 1][0])
+        first, second = (rows == twice).nonzero().flatten()[:2].tolist()
+        raise ValueError(f"rows[{first}] and rows[{second}] are both {twice}; one must be -1.")
 
 
 def totals_of(squares: float, count: float, steps: float = 0) -> Tensor:
