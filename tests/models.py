@@ -23,6 +23,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_freq
+from torchrec_freq.sharded.install import frequency_modules
 
 LR = 0.03
 
@@ -306,3 +307,11 @@ def restore(model: Any, folder: Path) -> None:
     dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
     model.fused_optimizer.load_state_dict(state["optimizer"])
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Sets whole tables under any plan."""
+    for _, handle in frequency_modules(model):
+        for part in handle.shards:
+            columns = slice(part.column_offset, part.column_offset + part.columns)
+            part.weights().copy_(part.part_of(weights[part.table])[:, columns])

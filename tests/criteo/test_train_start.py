@@ -12,13 +12,13 @@ from models import full_weights
 from ranks import on_ranks
 from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
+from torchrec_freq.counts.stored_sums import open_sums
 from training import BATCH, GIVEN, ROWS, STEPS, arguments, built, run, write
 
 from examples.criteo.settings import parse
 from examples.criteo.start import start
 from torchrec_freq import adagrad_sums, row_counts, save_counts
 from torchrec_freq.__main__ import main as command_line
-from torchrec_freq.counts.stored_sums import open_sums
 
 ADAGRAD = ("--optimizer.name", "RowWiseAdagrad")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.timing import measure, operators
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -34,7 +35,6 @@ from tables import (
 from torch import Tensor, nn
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from benchmarks.timing import measure, operators
 from torchrec_freq import COUNT_CEILING, FrequencyConfig
 from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.rule import FIRST_STEPS, sample_weight

@@ -20,6 +20,7 @@ from models import (
     make_collection,
     restore,
     sample_loss,
+    set_weights,
     shard,
     state_of,
     to_kjt,
@@ -278,7 +279,7 @@ def test_other_rows_go_on_as_if_nothing_had_happened(kind: str, how: str) -> Non
                 assert config.init_fn is not None
                 config.init_fn(wanted)
                 assert torch.equal(fresh[config.name][frequent[config.name]], wanted)
-        _set_weights(touched, weights)
+        set_weights(touched, weights)
     for name, state in table_states(touched).items():
         assert not state.counts[frequent[name]].any() and not state.sums[frequent[name]].any()
     for model in (touched, untouched):
@@ -288,13 +289,6 @@ def test_other_rows_go_on_as_if_nothing_had_happened(kind: str, how: str) -> Non
         others = torch.ones(len(a[name]), dtype=torch.bool).index_fill(0, rows, False)
         assert torch.equal(a[name][others], b[name][others])
         assert not torch.equal(a[name][rows], b[name][rows])
-
-
-def _set_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    for _, module in model.named_modules():
-        for part in getattr(module.__dict__.get("_frequency_tables"), "shards", ()):
-            columns = slice(part.column_offset, part.column_offset + part.columns)
-            part.weights().copy_(part.part_of(weights[part.table])[:, columns])
 
 
 @on_ranks(2)
@@ -322,7 +316,7 @@ def move(kind: str, other: str, folder: Path) -> None:
     source, target = build(FrequencySGD, kind, tables), build(FrequencySGD, other, tables)
     train(source, range(6), tables)
     states = table_states(source)
-    _set_weights(target, full_weights(source))
+    set_weights(target, full_weights(source))
     load_table_states(target, states)
     for name, state in table_states(target).items():
         assert torch.equal(state.counts, states[name].counts)
