@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,18 @@ import torch.distributed.checkpoint as dcp
 from reference import Feature, ReferenceModel, ReferenceTable
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import (
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_freq
@@ -55,6 +61,18 @@ def sample_loss(outputs: Mapping[str, Tensor]) -> Tensor:
         total = total + 16 * ((0.3 + 0.2 * index) * linear + square)
     assert isinstance(total, Tensor)
     return (total - 1.0).square() * 0.05
+
+
+def lookup_loss(outputs: Mapping[str, Tensor], samples: int) -> Tensor:
+    """Mean over the samples of a loss of each looked-up row."""
+    total: Tensor | float = 0.0
+    for index, name in enumerate(sorted(outputs)):
+        x = outputs[name]
+        column = torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype)
+        per_lookup = ((x * column).mean(dim=1) * (1 + index) - 0.2).square()
+        total = total + per_lookup.sum() / samples
+    assert isinstance(total, Tensor)
+    return total
 
 
 def make_batch(
@@ -96,7 +114,11 @@ def to_kjt(features: list[Feature], rows: slice = slice(None)) -> KeyedJaggedTen
 
 
 class Pair:
-    """A sharded model and the reference, which start equal and are stepped together."""
+    """A sharded model and the reference, which start equal and are stepped together.
+
+    Attributes:
+        forward: outputs of the model by feature.
+    """
 
     def __init__(
         self,
@@ -110,28 +132,19 @@ class Pair:
         meta: bool = False,
         optimizer: Any = None,
         dtensor: bool = False,
+        sequence: bool = False,
         seed: int = 0,
     ) -> None:
         options = dict(options or {})
         own = {t.name: {**options, **(by_table or {}).get(t.name, {})} for t in tables}
         torch.manual_seed(seed)
         self.rng = random.Random(seed)
-        self.tables = tables
-        self.weighted = weighted
-        collection = make_collection(tables, weighted)
-        weights = {t.name: collection.embedding_bags[t.name].weight.detach() for t in tables}
-        self.reference = ReferenceModel(
-            {
-                t.name: ReferenceTable(
-                    weights[t.name],
-                    t.features,
-                    pooling="mean" if t.mean else "sum",
-                    **own[t.name],
-                )
-                for t in tables
-            },
-            LR,
-        )
+        self.tables, self.weighted, self.sequence = tables, weighted, sequence
+        collection = make_collection(tables, weighted, sequence=sequence)
+        parts = collection.embeddings if sequence else collection.embedding_bags
+        weights = {t.name: parts[t.name].weight.detach() for t in tables}
+        self.reference = make_reference(tables, weights, own, sequence)
+        sharder: Any = EmbeddingCollectionSharder() if sequence else EmbeddingBagCollectionSharder()
         if by_sharder:
             sharder = EmbeddingBagCollectionSharder(
                 fused_params=torchrec_freq.fused_params(lr=LR, **options)
@@ -139,15 +152,23 @@ class Pair:
         else:
             if meta:
                 collection = make_collection(tables, weighted, torch.device("meta"))
+                parts = collection.embedding_bags
             for t in tables:
                 apply_optimizer_in_backward(
                     optimizer or torchrec_freq.FrequencySGD,
-                    collection.embedding_bags[t.name].parameters(),
+                    parts[t.name].parameters(),
                     {"lr": LR, **own[t.name]},
                 )
-            sharder = EmbeddingBagCollectionSharder()
         self.model = shard(collection, plan, sharder, {} if dtensor else weights, dtensor)
         self.split_reference(self.model.column_shards)
+        self.forward: Callable[[KeyedJaggedTensor], Mapping[str, Tensor]] = self._forward
+
+    def _forward(self, kjt: KeyedJaggedTensor) -> Mapping[str, Tensor]:
+        outputs = self.model(kjt)
+        if self.sequence:
+            return {name: jagged.values() for name, jagged in outputs.items()}
+        pooled: dict[str, Tensor] = outputs.to_dict()
+        return pooled
 
     def split_reference(self, columns: Mapping[str, list[int]]) -> None:
         """Column shards have sums of their own; another plan's shards start from their mean."""
@@ -176,14 +197,15 @@ class Pair:
         )
         local = to_kjt(features, slice(rank * per_rank, (rank + 1) * per_rank))
 
-        def mean_loss(outputs: Mapping[str, Tensor]) -> Tensor:
-            return sample_loss({k: v for k, v in outputs.items() if k != unused}).mean()
+        def mean_loss(outputs: Mapping[str, Tensor], samples: int) -> Tensor:
+            used = {name: output for name, output in outputs.items() if name != unused}
+            return lookup_loss(used, samples) if self.sequence else sample_loss(used).mean()
 
-        loss = mean_loss(self.model(local).to_dict())
+        loss = mean_loss(self.forward(local), per_rank)
         loss.backward()
         total = loss.detach().clone()
         dist.all_reduce(total)
-        expected = self.reference.step(features, mean_loss)
+        expected = self.reference.step(features, lambda o: mean_loss(o, per_rank * ranks))
         return float(total) / ranks, expected
 
     def step_reference(self, size: int) -> None:
@@ -191,16 +213,46 @@ class Pair:
         features = make_batch(self.rng, self.tables, size, weighted=self.weighted)
         self.reference.step(features, lambda outputs: sample_loss(outputs).mean())
 
-    def check(self, tolerance: float = 1e-6) -> None:
-        """Weights within ``tolerance`` of the reference, counts exactly equal."""
+    def check(self, tolerance: float = 1e-6, squares: float = 1.0) -> None:
+        """Weights within ``tolerance`` of the reference; sums and totals nearly, counts exactly.
+
+        Args:
+            squares: how many times the reference's those of the model are.
+        """
         weights = full_weights(self.model)
-        counts = torchrec_freq.row_counts(self.model)
-        assert list(counts) == [t.name for t in self.tables]
+        states = torchrec_freq.table_states(self.model)
+        assert list(states) == [t.name for t in self.tables]
         for name, table in self.reference.tables.items():
             torch.testing.assert_close(
                 {name: weights[name].double()}, {name: table.weight}, rtol=0, atol=tolerance
             )
-            torch.testing.assert_close(counts[name], table.count_tensor(), rtol=0, atol=0)
+            state = states[name]
+            torch.testing.assert_close(state.counts.long(), table.count_tensor(), rtol=0, atol=0)
+            assert state.age == table.age, name
+            totals = state.totals / torch.tensor([1.0, squares, 1.0, 1.0])
+            torch.testing.assert_close(totals, table.totals(), rtol=1e-5, atol=0)
+            if table.normalize is not None:
+                sums = state.row_sums() / squares
+                torch.testing.assert_close(sums, table.sum_tensor(), rtol=1e-4, atol=1e-6)
+
+
+def make_reference(
+    tables: list[TableSpec],
+    weights: Mapping[str, Tensor],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    sequence: bool = False,
+) -> ReferenceModel:
+    """The reference of tables that start with ``weights``."""
+    trained = {
+        t.name: ReferenceTable(
+            weights[t.name],
+            t.features,
+            pooling="none" if sequence else "mean" if t.mean else "sum",
+            **(options or {}).get(t.name, {}),
+        )
+        for t in tables
+    }
+    return ReferenceModel(trained, LR)
 
 
 def make_collection(
@@ -208,24 +260,26 @@ def make_collection(
     weighted: bool = False,
     device: torch.device | None = None,
     dtype: DataType = DataType.FP32,
-) -> EmbeddingBagCollection:
-    return EmbeddingBagCollection(
-        tables=[
-            EmbeddingBagConfig(
-                name=t.name,
-                num_embeddings=t.rows,
-                embedding_dim=t.columns,
-                feature_names=t.features,
-                pooling=PoolingType.MEAN if t.mean else PoolingType.SUM,
-                data_type=dtype,
-                # Small values keep the losses, and with them the rounding errors, small.
-                init_fn=lambda w: nn.init.uniform_(w, -0.2, 0.2),
-            )
-            for t in tables
-        ],
-        is_weighted=weighted,
-        device=device,
-    )
+    sequence: bool = False,
+) -> Any:
+    """A collection of bags, or of sequences."""
+    # Small values keep the losses, and with them the rounding errors, small.
+    common = [
+        {
+            "name": t.name,
+            "num_embeddings": t.rows,
+            "embedding_dim": t.columns,
+            "feature_names": t.features,
+            "data_type": dtype,
+            "init_fn": lambda w: nn.init.uniform_(w, -0.2, 0.2),
+        }
+        for t in tables
+    ]
+    if sequence:
+        return EmbeddingCollection(tables=[EmbeddingConfig(**c) for c in common], device=device)
+    pooling = [PoolingType.MEAN if t.mean else PoolingType.SUM for t in tables]
+    bags = [EmbeddingBagConfig(**c, pooling=p) for c, p in zip(common, pooling, strict=True)]
+    return EmbeddingBagCollection(tables=bags, is_weighted=weighted, device=device)
 
 
 def shard(

@@ -111,6 +111,15 @@ class ReferenceTable:
     def count_tensor(self) -> Tensor:
         return torch.tensor([self.counts[row] for row in range(len(self.weight))])
 
+    def sum_tensor(self) -> Tensor:
+        """float32 [rows]: each row's sum, the mean over its columns."""
+        rows = range(len(self.weight))
+        return torch.tensor([float(self.sums[r].mean()) if r in self.sums else 0.0 for r in rows])
+
+    def totals(self) -> Tensor:
+        """float64 [4], as the package has them."""
+        return torch.tensor([3.0, self.squares, self.total, self.steps], dtype=torch.float64)
+
 
 class ReferenceModel:
     """Tables looked up by features; ``outputs`` are pooled as TorchRec's collections pool."""

@@ -25,6 +25,7 @@ from models import (
     full_weights,
     make_batch,
     make_collection,
+    make_reference,
     restore,
     sample_loss,
     state_of,
@@ -32,7 +33,7 @@ from models import (
 )
 from plans import make_plan
 from ranks import on_ranks, run_on_ranks
-from reference import Feature, ReferenceModel, ReferenceTable
+from reference import Feature, ReferenceTable
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.distributed.tensor import DTensor
 from torchrec.distributed import model_parallel
@@ -42,7 +43,7 @@ from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.types import ShardingPlan
 
-from torchrec_freq import FrequencySGD, load_row_counts, row_counts
+from torchrec_freq import FrequencySGD, load_row_counts, row_counts, table_states
 from torchrec_freq.engine.tbe import FrequencyTBE
 from torchrec_freq.sharded import tables as tables_module
 from torchrec_freq.sharded.install import frequency_modules
@@ -129,23 +130,11 @@ class Groups:
     def __init__(self, kind: str, options: dict[str, Any] | None = None) -> None:
         self.model = collection_2d(kind, options)
         self.rng = random.Random(0)
-        self.shards = {"column_wise": {t.name: [t.columns // 2] * 2 for t in TABLES}}.get(kind, {})
-        weights = weights_of(self.model)
-        self.references = [
-            ReferenceModel(
-                {
-                    t.name: ReferenceTable(
-                        weights[t.name],
-                        t.features,
-                        shard_columns=self.shards.get(t.name, []),
-                        **(options or {}),
-                    )
-                    for t in TABLES
-                },
-                LR,
-            )
-            for _ in range(2)
-        ]
+        weights, own = weights_of(self.model), {t.name: options or {} for t in TABLES}
+        self.references = [make_reference(TABLES, weights, own) for _ in range(2)]
+        for reference in self.references if kind == "column_wise" else []:
+            for t in TABLES:
+                reference.tables[t.name].shard_columns = [t.columns // 2] * 2
         # TorchRec interleaves the groups: ranks 0 and 2, ranks 1 and 3.
         self.group, self.place = dist.get_rank() % 2, dist.get_rank() // 2
 
@@ -154,12 +143,7 @@ class Groups:
             features = make_batch(self.rng, TABLES, 2 * SAMPLES)
             reference.step(features, lambda outputs: sample_loss(outputs).mean())
             if group == self.group:
-                self._train(features)
-
-    def _train(self, features: list[Feature]) -> None:
-        first = self.place * SAMPLES
-        local = to_kjt(features, slice(first, first + SAMPLES))
-        sample_loss(self.model(local).to_dict()).mean().backward()
+                train_on(self.model, features, self.place)
 
     def sync(self, **options: Any) -> None:
         self.model.sync(**options)
@@ -176,67 +160,68 @@ class Groups:
             least, left = divmod(sum(table.counts[row] for table in tables), 2)
             for group, table in enumerate(tables):
                 table.counts[row] = least + (group < left)
-        for name in ("squares", "total", "occurrences"):
+        rows = {row for table in tables for row in table.sums}
+        sums = {r: sum(t.sums.get(r, torch.zeros(1)) for t in tables) / 2 for r in rows}
+        for table in tables:
+            table.sums = {row: torch.as_tensor(mean) for row, mean in sums.items()}
+        for name in ("squares", "total", "steps"):
             mean = sum(getattr(table, name) for table in tables) / 2
             for table in tables:
                 setattr(table, name, mean)
 
     def check(self) -> None:
-        weights, counts = weights_of(self.model), row_counts(self.model)
+        """Weights and state of this rank's group, and what all groups together have."""
+        weights, states = weights_of(self.model), table_states(self.model)
         ((_, handle),) = frequency_modules(self.model)
         for name, table in self.references[self.group].tables.items():
             torch.testing.assert_close(weights[name].double(), table.weight, rtol=0, atol=1e-6)
-            both = sum(r.tables[name].count_tensor() for r in self.references)
-            assert torch.equal(counts[name], (torch.as_tensor(both) + 1) // 2), name
-            for shard in handle.shards:
-                if shard.table == name:
-                    mine = shard.tbe.settled_counts(shard.index)
-                    rows = slice(shard.row_offset, shard.row_offset + len(mine))
-                    assert torch.equal(mine.long(), table.count_tensor()[rows])
-            if all(shard.table != name for shard in handle.shards):
-                continue  # where no rank shares a table, others have no totals of it
-            wanted = torch.tensor([table.squares, table.total, table.occurrences]).double()
-            torch.testing.assert_close(handle.table_totals(name)[1:], wanted, rtol=1e-6, atol=0)
+            both = [reference.tables[name] for reference in self.references]
+            counts = torch.stack([table.count_tensor() for table in both]).sum(dim=0)
+            assert torch.equal(states[name].counts, (counts + 1) // 2), name
+            sums = torch.stack([table.sum_tensor() for table in both]).mean(dim=0)
+            if table.normalize is not None:
+                torch.testing.assert_close(states[name].row_sums(), sums, rtol=1e-4, atol=1e-6)
+            for shard in handle.shards_of(name):
+                assert torch.equal(shard.counts.long(), shard.part_of(table.count_tensor()))
+                # Where no rank shares a table, others have no totals of it.
+                totals = handle.table_totals(name)
+                torch.testing.assert_close(totals, table.totals(), rtol=1e-6, atol=0)
 
 
-PLANS = ["table_wise", "row_wise", "column_wise"]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "half-life": {"half_life": 3},
-    "batches": {"count": "batches"},
-    "paper": {"normalize": None},
-}
+def train_on(model: Any, features: list[Feature], place: int) -> None:
+    """A backward on ``SAMPLES`` samples of a batch."""
+    local = to_kjt(features, slice(place * SAMPLES, (place + 1) * SAMPLES))
+    sample_loss(model(local).to_dict()).mean().backward()
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("options", [{}, {"half_life": 3}, {"normalize": None}])
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
 @on_ranks(4)
-def test_groups_train_by_themselves_and_are_averaged_at_a_sync(kind: str, options: str) -> None:
-    groups = Groups(kind, OPTIONS[options])
+def test_groups_train_by_themselves_and_are_averaged_at_a_sync(
+    kind: str, options: dict[str, Any]
+) -> None:
+    groups = Groups(kind, options)
     for step in range(6):
         groups.step()
-        groups.check()
         if step in (1, 2, 4):
-            groups.sync()
             groups.check()
+            groups.sync()
+    groups.check()
 
 
 @on_ranks(4)
 def test_data_parallel_tables_train_on_all_groups_together() -> None:
     model = collection_2d("data_parallel")
-    tables = {t.name: ReferenceTable(weights_of(model)[t.name], t.features) for t in TABLES}
-    reference, rng = ReferenceModel(tables, LR), random.Random(0)
+    reference, rng = make_reference(TABLES, weights_of(model)), random.Random(0)
     for _ in range(4):
         features = make_batch(rng, TABLES, 4 * SAMPLES)
         reference.step(features, lambda outputs: sample_loss(outputs).mean())
-        first = dist.get_rank() * SAMPLES
-        local = to_kjt(features, slice(first, first + SAMPLES))
-        sample_loss(model(local).to_dict()).mean().backward()
+        train_on(model, features, dist.get_rank())
         model.sync()
-        counts, weights = row_counts(model), weights_of(model)
-        for name, table in tables.items():
-            torch.testing.assert_close(weights[name].double(), table.weight, rtol=0, atol=1e-6)
-            assert torch.equal(counts[name], table.count_tensor())
+    counts, weights = row_counts(model), weights_of(model)
+    for name, table in reference.tables.items():
+        torch.testing.assert_close(weights[name].double(), table.weight, rtol=0, atol=1e-6)
+        assert torch.equal(counts[name], table.count_tensor())
 
 
 @on_ranks(4)
@@ -246,15 +231,8 @@ def test_a_sync_in_parts() -> None:
         groups.step()
         groups.sync()
         groups.check()
-
-
-@on_ranks(4)
-def test_a_sync_of_the_weights_alone() -> None:
-    groups = Groups("row_wise")
     groups.step()
     groups.sync(include_optimizer_state=False)
-    groups.check()
-    groups.step()
     groups.check()
 
 
@@ -275,13 +253,8 @@ def test_a_row_that_one_group_has_seen_once_is_not_forgotten() -> None:
     assert counts[0] == 10
 
 
-def numbers(model: Any) -> dict[str, Any]:
-    ((_, handle),) = frequency_modules(model)
-    return {name: handle.read(name) for name in handle.tables}
-
-
 def keep(weights: dict[str, torch.Tensor], model: Any, file: Path) -> None:
-    states = numbers(model)
+    states = table_states(model)
     if dist.get_rank() == 0:
         torch.save((weights, states), file)
 
@@ -297,11 +270,11 @@ def save_2d(folder: Path) -> None:
 
 def check_loaded(model: Any, weights: dict[str, torch.Tensor], file: Path) -> None:
     expected_weights, expected = torch.load(file, weights_only=False)
-    found = numbers(model)
-    for name, state in expected.items():
-        assert torch.equal(found[name].counts, state.counts), name
-        torch.testing.assert_close(found[name].totals, state.totals, rtol=1e-12, atol=0)
-        assert found[name].age == state.age
+    for name, found in table_states(model).items():
+        state = expected[name]
+        assert torch.equal(found.counts, state.counts) and found.age == state.age > 0
+        torch.testing.assert_close(found.row_sums(), state.row_sums())
+        torch.testing.assert_close(found.totals, state.totals, rtol=1e-12, atol=0)
         assert torch.equal(weights[name], expected_weights[name])
 
 

@@ -11,25 +11,24 @@ import torch.distributed as dist
 from models import (
     LR,
     TABLES,
+    Pair,
     TableSpec,
     full_weights,
     make_batch,
     make_collection,
+    make_reference,
     sample_loss,
     shard,
     to_kjt,
 )
 from plans import make_plan
 from ranks import on_ranks
-from reference import Feature, ReferenceModel, ReferenceTable
+from reference import Feature, ReferenceModel
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -42,47 +41,13 @@ def stock_fault(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skip(reason=f"fails with every optimizer: {reason}")
 
 
-def compare(model: nn.Module, reference: ReferenceModel) -> None:
-    weights, counts = full_weights(model), row_counts(model)
-    for name, table in reference.tables.items():
-        torch.testing.assert_close(weights[name].double(), table.weight, rtol=0, atol=1e-6)
-        torch.testing.assert_close(counts[name], table.count_tensor(), rtol=0, atol=0)
+def sequences(kind: str, options: dict[str, Any] | None = None) -> Pair:
+    # TorchRec's sequence collections want one width.
+    tables = [TableSpec(t.name, t.rows, 16, t.features) for t in TABLES]
+    return Pair(tables, make_plan(kind, tables, 2), options, sequence=True)
 
 
-def lookup_loss(outputs: dict[str, Tensor], samples: int) -> Tensor:
-    """Mean over the samples of a loss of each looked-up row."""
-    total: Tensor | float = 0.0
-    for index, name in enumerate(sorted(outputs)):
-        x = outputs[name]
-        column = torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype)
-        per_lookup = ((x * column).mean(dim=1) * (1 + index) - 0.2).square()
-        total = total + per_lookup.sum() / samples
-    assert isinstance(total, Tensor)
-    return total
-
-
-def sequence_collection(
-    tables: list[TableSpec],
-) -> tuple[EmbeddingCollection, dict[str, Tensor]]:
-    collection = EmbeddingCollection(
-        tables=[
-            EmbeddingConfig(
-                name=t.name,
-                num_embeddings=t.rows,
-                embedding_dim=t.columns,
-                feature_names=t.features,
-                init_fn=lambda w: nn.init.uniform_(w, -0.2, 0.2),
-            )
-            for t in tables
-        ]
-    )
-    weights = {t.name: collection.embeddings[t.name].weight.detach() for t in tables}
-    return collection, weights
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"count": "batches", "half_life": 2}], ids=["full", "other"]
-)
+@pytest.mark.parametrize("options", [{}, {"prior_count": 1, "half_life": 2}], ids=["full", "other"])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -95,53 +60,25 @@ def sequence_collection(
 )
 @on_ranks(2)
 def test_sequence_tables(kind: str, options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    # TorchRec's sequence collections want one width.
-    tables = [TableSpec(t.name, t.rows, 16, t.features) for t in TABLES]
-    collection, weights = sequence_collection(tables)
-    reference = ReferenceModel(
-        {t.name: ReferenceTable(weights[t.name], t.features, "none", **options) for t in tables}, LR
-    )
-    apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR, **options})
-    model = shard(collection, make_plan(kind, tables, 2), EmbeddingCollectionSharder(), weights)
-    for name, columns in model.column_shards.items():
-        reference.tables[name].shard_columns = columns
-    rank, size = dist.get_rank(), 3
+    pair = sequences(kind, options)
     for step in range(5):
-        skip = {1: "f1", 3: "f0"}.get(step)
-        features = make_batch(rng, tables, 2 * size, skip=skip)
-        output = model(to_kjt(features, slice(rank * size, (rank + 1) * size)))
-        lookup_loss({name: jt.values() for name, jt in output.items()}, size).backward()
-        reference.step(features, lambda outputs: lookup_loss(outputs, 2 * size))
-        compare(model, reference)
+        pair.step(skip={1: "f1", 3: "f0"}.get(step))
+        pair.check()
 
 
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])
 @on_ranks(2)
 def test_sequence_tables_that_the_loss_leaves_out(kind: str) -> None:
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    tables = [TableSpec(t.name, t.rows, 16, t.features) for t in TABLES]
-    collection, weights = sequence_collection(tables)
-    reference = ReferenceModel(
-        {t.name: ReferenceTable(weights[t.name], t.features, "none") for t in tables}, LR
-    )
-    apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR})
-    model = shard(collection, make_plan(kind, tables, 2), EmbeddingCollectionSharder(), weights)
-    for name, columns in model.column_shards.items():
-        reference.tables[name].shard_columns = columns
-    rank, size = dist.get_rank(), 3
+    """An unused feature counts, unless no feature of its lookup is used."""
+    pair = sequences(kind)
     for unused in ("f1", "f0", None, "f3", "f2"):
-        features = make_batch(rng, tables, 2 * size)
-
-        def loss(outputs: dict[str, Tensor], samples: int, unused: Any = unused) -> Tensor:
-            return lookup_loss({k: v for k, v in outputs.items() if k != unused}, samples)
-
-        output = model(to_kjt(features, slice(rank * size, (rank + 1) * size)))
-        loss({name: jt.values() for name, jt in output.items()}, size).backward()
-        reference.step(features, lambda outputs, loss=loss: loss(outputs, 2 * size))  # type: ignore[misc]
-        compare(model, reference)
+        alone = {"f0": "a", "f3": "c"}.get(unused or "", "b")
+        table = pair.reference.tables[alone]
+        before = table.counts.copy(), table.total, table.steps
+        pair.step(unused=unused)
+        if kind == "mixed" and alone != "b":
+            table.counts, table.total, table.steps = before
+        pair.check()
 
 
 def variable_batch(
@@ -171,27 +108,11 @@ def variable_batch(
 )
 @on_ranks(2)
 def test_variable_batch_per_feature(kind: str, mean: bool) -> None:
-    torch.manual_seed(0)
-    rng = random.Random(0)
     size, rank, ranks = 5, dist.get_rank(), 2
     tables = [TableSpec(t.name, t.rows, t.columns, t.features, mean) for t in TABLES]
-    collection = make_collection(tables)
-    weights = {t.name: collection.embedding_bags[t.name].weight.detach() for t in tables}
-    pooling = "mean" if mean else "sum"
-    reference = ReferenceModel(
-        {
-            t.name: ReferenceTable(weights[t.name], t.features, pooling, count_all=True)
-            for t in tables
-        },
-        LR,
-    )
-    apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR})
-    plan = make_plan(kind, tables, ranks)
-    model = shard(collection, plan, EmbeddingBagCollectionSharder(), weights)
-    for name, columns in model.column_shards.items():
-        reference.tables[name].shard_columns = columns
+    pair = Pair(tables, make_plan(kind, tables, ranks))
     for _ in range(5):
-        features, inverses = variable_batch(rng, tables, size, ranks)
+        features, inverses = variable_batch(pair.rng, tables, size, ranks)
         kjt = to_kjt(features[rank])
         kjt = KeyedJaggedTensor(
             keys=kjt.keys(),
@@ -200,8 +121,7 @@ def test_variable_batch_per_feature(kind: str, mean: bool) -> None:
             stride_per_key_per_rank=[[len(feature.bags)] for feature in features[rank]],
             inverse_indices=(kjt.keys(), torch.tensor(inverses[rank])),
         )
-        sample_loss(model(kjt).to_dict()).mean().backward()
-
+        sample_loss(pair.forward(kjt)).mean().backward()
         whole = [
             Feature(first.name, first.bags + second.bags)
             for first, second in zip(*features, strict=True)
@@ -212,8 +132,8 @@ def test_variable_batch_per_feature(kind: str, mean: bool) -> None:
             )
             for i, feature in enumerate(features[0])
         }
-        reference.step(whole, lambda outputs: sample_loss(outputs).mean(), sample_bag)
-        compare(model, reference)
+        pair.reference.step(whole, lambda outputs: sample_loss(outputs).mean(), sample_bag)
+        pair.check()
 
 
 def constant_rate(optimizer: Any) -> dict[str, Any]:
@@ -223,59 +143,68 @@ def constant_rate(optimizer: Any) -> dict[str, Any]:
     return {"lr": LR}
 
 
-@on_ranks(2)
-def test_weights_that_are_learned() -> None:
-    """A feature processor's weights require grad; its gradient and ours match stock SGD."""
-    results = []
-    for optimizer in (FrequencySGD, torch.optim.SGD):
-        torch.manual_seed(0)
-        rng = random.Random(0)
-        tables = make_collection(TABLES, weighted=True)
-        weights = {t.name: tables.embedding_bags[t.name].weight.detach() for t in TABLES}
-        apply_optimizer_in_backward(optimizer, tables.parameters(), constant_rate(optimizer))
-        collection = FeatureProcessedEmbeddingBagCollection(
-            tables,
-            PositionWeightedModuleCollection({name: 8 for t in TABLES for name in t.features}),
-        )
-        sharder = FeatureProcessedEmbeddingBagCollectionSharder()
-        model = shard(collection, make_plan("table_wise", TABLES, 2), sharder, weights)
-        gradients = []
-        for _ in range(3):
-            features = make_batch(rng, TABLES, 6)
-            kjt = to_kjt(features, slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3))
-            sample_loss(model(kjt).to_dict()).mean().backward()
-            gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        results.append((full_weights(model, only="embedding_bags"), gradients))
-    (ours, our_gradients), (stock, stock_gradients) = results
-    assert our_gradients and max(float(g.abs().max()) for g in our_gradients) > 0
-    torch.testing.assert_close(our_gradients, stock_gradients, rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-6)
-
-
-@on_ranks(2)
-def test_feature_processor_by_the_whole_rule() -> None:
-    """Weights that a processor sets to ones: the rule of an unweighted collection."""
+def processed(optimizer: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Tables behind a feature processor whose weights are learned, from ones; their start."""
     torch.manual_seed(0)
-    rng = random.Random(0)
     tables = make_collection(TABLES, weighted=True)
-    weights = {t.name: tables.embedding_bags[t.name].weight.detach() for t in TABLES}
-    reference = ReferenceModel(
-        {t.name: ReferenceTable(weights[t.name], t.features) for t in TABLES}, LR
-    )
-    apply_optimizer_in_backward(FrequencySGD, tables.parameters(), {"lr": LR})
+    weights = {t.name: tables.embedding_bags[t.name].weight.detach().clone() for t in TABLES}
+    apply_optimizer_in_backward(optimizer, tables.parameters(), options)
     collection = FeatureProcessedEmbeddingBagCollection(
         tables, PositionWeightedModuleCollection({name: 8 for t in TABLES for name in t.features})
     )
     sharder = FeatureProcessedEmbeddingBagCollectionSharder()
-    model = shard(collection, make_plan("table_wise", TABLES, 2), sharder, weights)
-    for _ in range(4):
+    return shard(collection, make_plan("table_wise", TABLES, 2), sharder, weights), weights
+
+
+def train(model: Any, reference: ReferenceModel | None = None) -> list[Tensor]:
+    """The gradients of the processor's weights in three steps."""
+    rng, gradients = random.Random(0), []
+    for _ in range(3):
         features = make_batch(rng, TABLES, 6)
         kjt = to_kjt(features, slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3))
         sample_loss(model(kjt).to_dict()).mean().backward()
-        reference.step(features, lambda outputs: sample_loss(outputs).mean())
+        gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        if reference is not None:
+            reference.step(features, lambda outputs: sample_loss(outputs).mean())
+    return gradients
+
+
+@on_ranks(2)
+def test_weights_that_are_learned() -> None:
+    """A feature processor's weights require grad; its gradient and ours match stock SGD."""
+    # Up to 256 occurrences the multiplier is 1/16.
+    ours, _ = processed(FrequencySGD, {"lr": 16 * LR, "min_count": 256, "normalize": None})
+    stock, _ = processed(torch.optim.SGD, {"lr": LR})
+    gradients = train(ours)
+    assert gradients and max(float(g.abs().max()) for g in gradients) > 0
+    torch.testing.assert_close(gradients, train(stock), rtol=0, atol=1e-6)
+    weights = [full_weights(model, only="embedding_bags") for model in (ours, stock)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    # By the whole rule, as an unweighted collection.
+    model, start = processed(FrequencySGD, {"lr": LR})
+    reference = make_reference(TABLES, start)
+    train(model, reference)
     for name, weight in full_weights(model, only="embedding_bags").items():
         wanted = reference.tables[name].weight
         torch.testing.assert_close(weight.double(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "data_parallel"])
+@on_ranks(2)
+def test_every_occurrence_counts(kind: str) -> None:
+    """Also with weight 0 and where the loss is masked, whatever the gradient is."""
+    pair = Pair(TABLES, make_plan(kind, TABLES, 2), weighted=True)
+    features = make_batch(pair.rng, TABLES, 6, weighted=True)
+    for feature in features:
+        assert feature.weights is not None
+        feature.weights = [[0.0 for _ in bag] for bag in feature.weights]
+    local = to_kjt(features, slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3))
+    mask = torch.tensor([1.0, 0.0, 0.0])
+    (sample_loss(pair.forward(local)) * mask).mean().backward()
+    counts = row_counts(pair.model)
+    for t in TABLES:
+        ids = [row for f in features if f.name in t.features for bag in f.bags for row in bag]
+        assert torch.equal(counts[t.name], torch.tensor(ids).bincount(minlength=t.rows))
 
 
 class TwoCollections(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from models import LR, TABLES, full_weights, make_batch, make_collection, sample_loss, shard, to_kjt
 from ranks import on_ranks
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -111,16 +112,13 @@ def test_install_is_idempotent() -> None:
 
 
 @on_ranks(2)
-def test_state_is_four_bytes_a_row() -> None:
+def test_state_is_eight_bytes_a_row() -> None:
     model = build(FrequencySGD, every(row_wise()))
-    storages = {
-        shard.tbe.counts.untyped_storage().data_ptr(): shard.tbe.counts
-        for _, tables in install.frequency_modules(model)
-        for shard in tables.shards
-    }
-    total = torch.tensor(sum(counts.untyped_storage().nbytes() for counts in storages.values()))
+    tbes = {shard.tbe for _, tables in install.frequency_modules(model) for shard in tables.shards}
+    bytes_ = [t.untyped_storage().nbytes() for tbe in tbes for t in (tbe.counts, tbe.sums)]
+    total = torch.tensor(sum(bytes_))
     dist.all_reduce(total)
-    assert total == 4 * sum(t.rows for t in TABLES)
+    assert total == 8 * sum(t.rows for t in TABLES)
 
 
 @on_ranks(2)
@@ -150,7 +148,7 @@ def test_plans_of_the_planner_train() -> None:
     torch.manual_seed(0)
     collection: Any = make_collection(TABLES)
     sharder: Any = EmbeddingBagCollectionSharder(
-        fused_params=torchrec_freq.fused_params(lr=LR, own_weight=3)
+        fused_params=torchrec_freq.fused_params(lr=LR, prior_count=3)
     )
     planner = EmbeddingShardingPlanner()
     plan = planner.collective_plan(collection, [sharder], dist.group.WORLD)
@@ -167,7 +165,7 @@ def test_plans_of_the_planner_train() -> None:
         sample_loss(model(to_kjt(features, rows)).to_dict()).mean().backward()
     assert {name: int(n.sum()) for name, n in torchrec_freq.row_counts(model).items()} == lookups
     ((_, tables),) = install.frequency_modules(model)
-    assert tables.shards and all(s.tbe.frequency.own_weight == 3 for s in tables.shards)
+    assert tables.shards and all(s.tbe.frequency.prior_count == 3 for s in tables.shards)
 
 
 @on_ranks(2)
@@ -179,14 +177,14 @@ def test_class_of_a_table_wins_over_the_sharder() -> None:
         RowWiseAdagrad, collection.embedding_bags["a"].parameters(), {"lr": LR}
     )
     sharder = EmbeddingBagCollectionSharder(
-        fused_params=torchrec_freq.fused_params(lr=LR, own_weight=7)
+        fused_params=torchrec_freq.fused_params(lr=LR, prior_count=7)
     )
     plan = every(table_wise(rank=1, compute_kernel="fused"))
     model = shard(collection, plan, sharder, weights)
     assert list(torchrec_freq.row_counts(model)) == ["b", "c"]
     ((_, tables),) = install.frequency_modules(model)
     assert len(tables.shards) == (2 if dist.get_rank() == 1 else 0)
-    assert all(s.tbe.frequency == FrequencyConfig(own_weight=7) for s in tables.shards)
+    assert all(s.tbe.frequency == FrequencyConfig(prior_count=7) for s in tables.shards)
 
 
 REFUSED = [
@@ -226,16 +224,63 @@ def test_a_table_that_must_not_train_is_refused() -> None:
             shard(collection, every(plan), sharder, {})
 
 
+REFUSED_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({option: value}, rf"'a': {option}: FBGEMM's kernel ignores it on this device.*out")
+        for option, value in {
+            "weight_decay": 0.1,
+            "weight_decay_mode": WeightDecayMode.L2,
+            "gradient_clipping": True,
+            "max_gradient": 1.0,
+            "max_norm": 1.0,
+        }.items()
+    ),
+    ({"beta1": 0.9, "beta2": 0.99}, r"no beta1, beta2.*apply_optimizer_in_backward\(Adam"),
+    ({"own_weight": 3}, "own_weight is not an option since version 0.3.*prior_count"),
+    ({"count": "batches"}, "'batches'.*'samples'"),
+]
+
+
+@pytest.mark.parametrize(("option", "message"), REFUSED_OPTIONS)
 @on_ranks(2)
-def test_options_that_fbgemm_would_ignore_are_refused() -> None:
-    collection = make_collection(TABLES)
-    sharder = EmbeddingBagCollectionSharder(
-        fused_params={**torchrec_freq.fused_params(lr=LR), "weight_decay": 0.1}
-    )
-    with pytest.raises(ValueError, match="weight_decay"):
-        shard(collection, every(table_wise(rank=0, compute_kernel="fused")), sharder, {})
-    sharder = EmbeddingBagCollectionSharder(
-        fused_params={**torchrec_freq.fused_params(lr=LR), "coherence": 0.03}
-    )
-    with pytest.raises(ValueError, match=r"coherence=0\.03.*0\.2"):
-        shard(collection, every(table_wise(rank=0, compute_kernel="fused")), sharder, {})
+def test_options_that_are_refused(option: dict[str, Any], message: str) -> None:
+    plan = every(table_wise(rank=0, compute_kernel="fused"))
+    params = {**torchrec_freq.fused_params(lr=LR), **option}
+    with pytest.raises(ValueError, match=message):
+        shard(make_collection(TABLES), plan, EmbeddingBagCollectionSharder(params), {})
+    with pytest.raises(ValueError, match=message):  # beside a class named by parameter
+        collection = make_collection(TABLES)
+        apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": LR})
+        shard(collection, plan, EmbeddingBagCollectionSharder(option), {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FBGEMM's CPU kernels ignore the options")
+@pytest.mark.parametrize(
+    "option",
+    [{"weight_decay": 0.1, "weight_decay_mode": WeightDecayMode.L2}, {"max_gradient": 1e-3}],
+)
+@on_ranks(1)
+def test_options_that_a_gpu_honours(option: dict[str, Any]) -> None:
+    """With prior_count=0, as with row-wise Adagrad."""
+    nccl, trained = dist.new_group(backend="nccl"), []
+    if "max_gradient" in option:
+        option = {**option, "gradient_clipping": True}
+    for optimizer, own, given in (
+        (FrequencySGD, {"prior_count": 0}, option),
+        (RowWiseAdagrad, {}, option),
+        (RowWiseAdagrad, {}, {}),
+    ):
+        torch.manual_seed(0)
+        collection = make_collection(TABLES)
+        weights = {t.name: collection.embedding_bags[t.name].weight.detach() for t in TABLES}
+        apply_optimizer_in_backward(optimizer, collection.parameters(), {"lr": LR, **own})
+        plan = every(table_wise(rank=0, compute_kernel="fused"))
+        sharder = EmbeddingBagCollectionSharder(given)
+        model = shard(collection, plan, sharder, weights, group=nccl, device="cuda")
+        rng = random.Random(0)
+        for _ in range(3):
+            kjt = to_kjt(make_batch(rng, TABLES, 4)).to(torch.device("cuda"))
+            sample_loss(model(kjt).to_dict()).mean().backward()
+        parts = [value.local_shards()[0].tensor.cpu() for value in model.state_dict().values()]
+        trained.append(torch.cat([part.flatten() for part in parts]))
+    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[1], trained[2])

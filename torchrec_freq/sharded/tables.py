@@ -198,7 +198,8 @@ class FrequencyTables:
         sums_RS = torch.zeros(table.rows, max(1, len(table.widths)))
         totals, age = totals_of(0, 0), torch.zeros(1, dtype=torch.int64)
         for shard in self.shards_of(name):
-            totals, age = self.table_totals(name).cpu(), self.age(name).clone()
+            # Copies: on a CPU these are the memory itself, and are reduced in place below.
+            totals, age = self.table_totals(name).to("cpu", copy=True), self.age(name).clone()
             if shard.first:
                 shard.part_of(sums_RS)[:, self._column_shard(shard)] = shard.sums.cpu()
                 if shard.primary:
