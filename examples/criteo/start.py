@@ -10,6 +10,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torchrec_freq.counts.adagrad import sums_of_counts
+from torchrec_freq.counts.stored_sums import open_sums
 
 from benchmarks.common.checkpoint import MANIFEST, read
 from benchmarks.common.training import Training
@@ -17,11 +19,9 @@ from examples.criteo.model import read_counts
 from examples.criteo.refusal import together
 from examples.criteo.settings import Settings
 from torchrec_freq import load_adagrad_sums, load_momentum, load_row_counts
-from torchrec_freq.counts.adagrad import sums_of_counts
 from torchrec_freq.counts.dcp_metadata import Checkpoint, Reader
 from torchrec_freq.counts.state import ROW_COUNTER
 from torchrec_freq.counts.stored import StoredTable, open_stored
-from torchrec_freq.counts.stored_sums import open_sums
 
 
 def start(settings: Settings, training: Training) -> None:
