@@ -3,32 +3,13 @@
 Importing this package registers :class:`FrequencySGD` with TorchRec.
 """
 
-import signal
-import sys
-
-# While `python -m torchrec_freq` imports this, Ctrl-C ends it without a trace, as later on.
-if (
-    sys.argv[:1] == ["-m"]
-    and "torchrec_freq" in sys.orig_argv
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 from torchrec_freq import _versions
 
-try:
-    _versions.check()
-except _versions.StackError as refusal:
-    # What `python -m torchrec_freq` is called while the package is imported.
-    if sys.argv[:1] == ["-m"] and "torchrec_freq" in sys.orig_argv:
-        sys.exit(str(refusal))
-    raise
+_versions.check()  # before anything fails on import
 
-from torchrec_freq.analysis import monitor, traffic
 from torchrec_freq.analysis.monitor import TrainingMonitor
 from torchrec_freq.analysis.rates import learning_rates
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.counts import state
 from torchrec_freq.counts.files import CountsFile, load_counts, save_counts
 from torchrec_freq.counts.ids import count_ids
 from torchrec_freq.counts.state import COUNT_CEILING, TableState
@@ -47,10 +28,6 @@ from torchrec_freq.sharded.install import install
 from torchrec_freq.sharded.opt_in import fused_params
 
 install()
-
-# Where these modules were in 0.1.
-for _module in (monitor, state, traffic):
-    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __version__ = _versions.__version__
 __all__ = [

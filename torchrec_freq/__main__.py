@@ -59,10 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def _main() -> int:
+def run_program() -> int:
     """The command line as a program of its own."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see torchrec_freq/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     # What a terminal has no letters for is still shown.
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -76,4 +74,4 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(run_program())

@@ -3,140 +3,115 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from torchrec_freq.analysis.cache import MeasuredCacheStatistics
-from torchrec_freq.analysis.rates import QUANTILES, learning_rates
-from torchrec_freq.analysis.traffic import Policy, TableTraffic, ZipfFit
+from torchrec_freq.analysis.rates import QUANTILES, RatesByCount, learning_rates, sum_rates
+from torchrec_freq.analysis.traffic import BINS, CountHistogram, TableTraffic
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.stored import StoredTable
 
 TOP_SHARES: Final = (0.0001, 0.001, 0.01, 0.1)
-"""Parts of a table's rows, the most frequent ones, whose share of the lookups is shown."""
-
 LOAD_FACTORS: Final = (0.01, 0.05, 0.1, 0.2, 0.5)
-"""Cache load factors whose miss rates are shown."""
 
-POLICIES: Final[Sequence[Policy]] = ("lru", "lfu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the counts do not say.
-
-    Attributes:
-        batch_lookups: lookups of a table in a global batch.
-        miss_rate: that the recommended cache may have.
-        ranks: numbers of row-wise shards.
-        lr: learning rate; None for rates as multiples of it.
-        config: the rule's settings.
-    """
-
-    batch_lookups: float = 1 << 16
-    miss_rate: float = 0.1
-    ranks: Sequence[int] = (2, 4, 8, 16, 32, 64)
-    lr: float | None = None
-    config: FrequencyConfig = FrequencyConfig()
+NOTES: Final = {
+    "Rows and lookups": "Zipf: exponent s of count ~ rank^-s, fitted to rows with at least 10 "
+    "lookups. Top: share of the lookups that go to the most frequent rows.",
+    "Learning rates": "By quantile of the counts of the rows seen: the count, the geometric mean "
+    "of these rows' rates, and the factor within which two thirds of them are. s: root mean square "
+    "of the gradient of an occurrence. A file of counts has no sums of squares, and so no rates "
+    "but the paper's.",
+    "Caches": "Share of a batch's distinct rows that an LRU cache is expected to miss, by its part "
+    "of the rows, for ids drawn independently. Area: under the miss rate, 0 is easy and 1 hard to "
+    "cache. Load factor: the least that misses as little as asked.",
+    "Row-wise shards": "Lookups of the busiest shard as a multiple of the mean, by their number.",
+}
+"""The parts of a report, and what each one's figures are."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cache:
-    """What a cache of a table in host memory does, by its policy.
-
-    Attributes:
-        miss_rates: by load factor (:meth:`torchrec_freq.analysis.cache.cache_statistics`).
-        cacheability: area under the miss rate; 0 is easy, 1 hard to cache.
-        load_factor: recommended: the least that misses at most ``Settings.miss_rate``.
-    """
-
-    miss_rates: Mapping[str, float]
-    cacheability: float
-    load_factor: float
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TableReport:
-    """What the counts of a table say.
+    """What a table's counts and sums say.
 
     Attributes:
         source: file or folder.
-        rows, never_seen: of the table, and those of them that have not been looked up.
-        lookups: sum of the counts.
-        zipf: None where no line fits (:meth:`torchrec_freq.analysis.traffic.CountHistogram.zipf`).
-        top_shares: by part of the rows, share of the lookups of that most frequent part.
-        counts: quantiles of the counts of the rows that have been seen; empty if none was.
-        scale: root mean square of the gradient of an occurrence, s; None where unknown.
-        rates: learning rate of a row with each of ``counts``, in ``rate_unit``.
-        rate_unit: what the rates are multiples of, of ``lr`` and ``1 / s``.
-        batch_lookups, distinct_rows: of a global batch; the distinct rows are expected.
-        caches: by policy; empty without lookups.
-        imbalance: by number of row-wise shards, lookups of the busiest over the mean; empty without
-            lookups.
+        figures: for each of :data:`NOTES`, figures by name; None where they are not known.
+        histogram, rates: for plots.
     """
 
-    name: str
     source: str
-    rows: int
-    never_seen: int
-    lookups: int
-    zipf: ZipfFit | None
-    top_shares: Mapping[str, float]
-    counts: Mapping[str, float]
-    scale: float | None
-    rates: Mapping[str, float]
-    rate_unit: str
-    batch_lookups: float
-    distinct_rows: float
-    caches: Mapping[str, Cache]
-    imbalance: Mapping[str, float]
+    name: str
+    figures: Mapping[str, Mapping[str, float | None]]
+    histogram: CountHistogram
+    rates: RatesByCount
 
 
 def describe(
-    table: StoredTable, traffic: TableTraffic, source: str, settings: Settings
+    table: StoredTable,
+    source: str,
+    config: FrequencyConfig,
+    *,
+    lr: float,
+    batch_lookups: float,
+    miss_rate: float,
+    ranks: Sequence[int],
+    progress: Callable[[int], object],
 ) -> TableReport:
-    """What the counts of a table say, once they have been read."""
-    histogram = traffic.histogram
-    lookups = histogram.lookups
-    batch = settings.batch_lookups
-    counts = {name: histogram.quantile(share) for name, share in QUANTILES.items() if lookups}
-    rates, unit = rates_of(table, list(counts.values()), settings)
-    return TableReport(
-        name=table.name,
-        source=source,
-        rows=table.rows,
-        never_seen=table.rows - round(histogram.rows_seen),
-        lookups=round(lookups),
-        zipf=histogram.zipf(),
-        top_shares={f"{x:g}": histogram.top_share(x * table.rows) for x in TOP_SHARES},
-        counts=counts,
-        scale=None if table.totals is None else float(table.totals[1] / table.totals[3]) ** 0.5,
-        rates=dict(zip(counts, rates, strict=True)),
-        rate_unit=unit,
-        batch_lookups=batch,
-        distinct_rows=histogram.expected_distinct(batch),
-        caches={
-            policy: _cache(MeasuredCacheStatistics(histogram, batch, policy), table.rows, settings)
-            for policy in POLICIES
-            if lookups
-        },
-        imbalance={str(n): _imbalance(traffic, n) for n in settings.ranks if lookups},
-    )
+    """Reads a table, block by block, and says what is in it.
 
-
-def rates_of(
-    table: StoredTable, counts: Sequence[float], settings: Settings
-) -> tuple[list[float], str]:
-    """Learning rates of rows with these counts, and what they are multiples of.
-
-    Where the totals of a normalized table are not known, they are multiples of ``1 / s``.
+    Args:
+        config: the rule's settings.
+        lr: learning rate, above 0.
+        batch_lookups: lookups of the table in a global batch, above 0.
+        miss_rate: of the recommended cache, 0 to 1.
+        ranks: numbers of row-wise shards.
+        progress: is told the rows of each block.
     """
-    config, unit = settings.config, "lr" if settings.lr is None else ""
-    totals = None if table.totals is None else table.totals.tolist()
-    if config.normalize is not None and totals is None:
-        unit = f"{unit or '1'} / s"
-    return learning_rates(config, counts, totals, settings.lr or 1.0), unit
+    traffic = TableTraffic(table.rows, table.name)
+    rate_sums = torch.zeros(4, BINS, dtype=torch.float64)
+    for first, counts_R, sums_R in table.blocks():
+        traffic.add(first, counts_R)
+        rates_R = learning_rates(config, counts_R, sums_R, table.totals, lr)
+        rate_sums += sum_rates(counts_R, rates_R)
+        progress(len(counts_R))
+    histogram, rates = traffic.histogram, RatesByCount(rate_sums)
+    seen = histogram.lookups > 0
+    skew: dict[str, float | None] = {
+        "rows": table.rows,
+        "never seen": table.rows - round(histogram.rows_seen),
+        "lookups": round(histogram.lookups),
+        "Zipf": histogram.zipf(),
+    }
+    for share in TOP_SHARES:
+        skew[f"top {share:.4g}"] = histogram.top_share(share * table.rows) if seen else None
+    totals = table.totals
+    known = totals is not None and totals[2] > 0
+    by_count: dict[str, float | None] = {
+        "s": float(totals[1] / totals[2]) ** 0.5 if known else None
+    }
+    for quantile, share in QUANTILES.items():
+        count = histogram.quantile(share)
+        rate, spread = rates.at(count) or (None, None)
+        by_count |= {quantile: count, f"{quantile} rate": rate, f"{quantile} spread": spread}
+    cache = MeasuredCacheStatistics(histogram, batch_lookups, "lru")
+    caches: dict[str, float | None] = {"distinct rows": cache.expected_lookups}
+    for part in LOAD_FACTORS:
+        caches[f"miss at {part}"] = cache.expected_miss_rate(part)
+    caches["area"] = cache.cacheability
+    # The miss rate falls with the rows that the cache holds.
+    rows = range(1, table.rows)
+    enough = bisect_left(
+        rows, True, key=lambda n: cache.expected_miss_rate(n / table.rows) <= miss_rate
+    )
+    caches["load factor"] = (1 + enough) / max(table.rows, 1)
+    shards = {str(number): _imbalance(traffic, number) if seen else None for number in ranks}
+    parts = (skew, by_count, caches if seen else dict.fromkeys(caches), shards)
+    figures = dict(zip(NOTES, parts, strict=True))
+    return TableReport(source, table.name, figures, histogram, rates)
 
 
 def _imbalance(traffic: TableTraffic, shards: int) -> float:
@@ -144,14 +119,3 @@ def _imbalance(traffic: TableTraffic, shards: int) -> float:
     block = -(-traffic.rows // shards)
     ends = [min(shard * block, traffic.rows) for shard in range(shards + 1)]
     return shards * max(traffic.share(*ends[i : i + 2]) for i in range(shards))
-
-
-def _cache(statistics: MeasuredCacheStatistics, rows: int, settings: Settings) -> Cache:
-    def suffices(cached_rows: int) -> bool:  # the miss rate falls with the size
-        return statistics.expected_miss_rate(cached_rows / rows) <= settings.miss_rate
-
-    return Cache(
-        miss_rates={f"{x:g}": statistics.expected_miss_rate(x) for x in LOAD_FACTORS},
-        cacheability=statistics.cacheability,
-        load_factor=(1 + bisect_left(range(1, rows), True, key=suffices)) / rows,
-    )

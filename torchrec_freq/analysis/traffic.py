@@ -1,14 +1,15 @@
-"""How a table's lookups spread over its rows: what the counts say, in a few kilobytes.
+"""How a table's lookups spread over its rows: what counts say, in a few kilobytes.
 
-Everything here treats lookups as independent draws from the counts: row ``i`` with probability
-``p_i = c_i / sum(c)``. Ids that come in bursts (a user's sessions) are cached better than that.
-Subscripts: ``_R`` rows, ``_B`` bins of rows with about equal counts, ``_K`` blocks of rows.
+Everything here treats lookups as independent draws: row ``i`` with probability ``p_i = c_i /
+sum(c)``. Ids that come in bursts, as in a user's session, are cached better than that.
+Shape suffixes: ``_R`` rows, ``_B`` bins of rows with about equal counts, ``_K`` blocks of
+neighbouring rows, ``_V`` values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -22,95 +23,43 @@ from torchrec_freq.counts.state import COUNT_CEILING, check_counts
 Policy = Literal["lru", "lfu"]
 
 BLOCKS: Final = 1 << 16
-"""Parts of a table's rows, at most, whose lookups are known: a shard begins at one, nearly."""
+"""Most blocks of a table's rows whose lookups are kept apart; smaller tables keep each row."""
+
+CHUNK_ROWS: Final = 1 << 22
+"""Rows to read at once: bounds the memory."""
 
 # A float32 has 23 bits behind its leading one. With 6 of them a bin is at most 1.6% wide, and every
 # count below 128 has its own.
 _DROPPED_BITS: Final = 23 - 6
 _BIN_OF_ONE: Final = (127 << 23) >> _DROPPED_BITS
-_CHUNK_ROWS: Final = 1 << 22
 
 
-def _bin_of(counts_R: Tensor) -> Tensor:
-    """int32 [rows] number of each count's bin: 0 for 0, 1 for 1, then log-linear."""
-    bits_R = counts_R.to(torch.float32).view(torch.int32) >> _DROPPED_BITS
-    return bits_R.sub_(_BIN_OF_ONE - 1).clamp_(min=0)
+def bin_of(counts: Tensor) -> Tensor:
+    """int32 [...] number of each count's bin: 0 for 0, 1 for 1, then log-linear."""
+    bits = counts.to(torch.float32).clamp(max=COUNT_CEILING).view(torch.int32) >> _DROPPED_BITS
+    return bits.sub_(_BIN_OF_ONE - 1).clamp_(min=0)
 
 
-BINS: Final = int(_bin_of(torch.tensor([COUNT_CEILING]))) + 1
-"""Bins of counts, the same for every table: what is binned in parts adds up."""
+BINS: Final = int(bin_of(torch.tensor(COUNT_CEILING))) + 1
+"""Bins of counts, the same for every table, so the sums of parts add up."""
 
 
-def bin_counts(counts_R: Tensor) -> Tensor:
-    """Rows and lookups by bin of counts; on a GPU without a host sync.
-
-    Args:
-        counts_R: [rows] whole numbers from 0, of any dtype; larger ones are taken for
-            ``COUNT_CEILING``.
-
-    Returns:
-        int64 [2, BINS], on the device of the counts: rows in each bin, and their lookups together.
-    """
-    sums_2B = torch.zeros(2, BINS, dtype=torch.int64, device=counts_R.device)
-    one = sums_2B.new_ones(1)
-    for chunk_R in counts_R.split(_CHUNK_ROWS):
-        chunk_R = chunk_R.to(torch.int64).clamp(max=COUNT_CEILING)
-        bins_R = _bin_of(chunk_R)
-        sums_2B[0].index_add_(0, bins_R, one.expand(len(bins_R)))
-        sums_2B[1].index_add_(0, bins_R, chunk_R)
-    return sums_2B
-
-
-def sample_bin_counts(counts_R: Tensor, max_rows: int) -> Tensor:
-    r"""As :func:`bin_counts`, from a sample where there are more than ``max_rows`` = ``m`` rows.
-
-    Rows with at least ``1/m`` of the lookups, of which there are ``m`` at most, are all taken; of
-    the others one at random from each of ``m`` equal parts of the table, always the same. Two
-    passes over the counts find the frequent rows; only ``2 m`` rows are binned. It is meant for
-    GPUs, where many rows that fall into one bin wait for each other; on a CPU it saves little.
-
-    The standard error of any share of the rows is at most :math:`1 / (2 \sqrt m)`, that of any
-    share of the lookups at most :math:`\sqrt R / m` (each row left out has at most ``1/m`` of
-    them, and stands for ``R/m`` rows). The number of rows is exact, that of lookups has that error.
+def sum_by_count(counts_R: Tensor, *values_R: Tensor) -> Tensor:
+    """Sums of what rows have, by bin of their counts.
 
     Args:
-        counts_R: [rows] as for :func:`bin_counts`.
-        max_rows: ``m``, at least 1.
+        counts_R: [rows] whole numbers from 0, of any dtype; those above ``COUNT_CEILING`` are taken
+            for it.
+        values_R: each [rows].
 
     Returns:
-        float64 [2, BINS].
+        float64 [values, BINS], on the device of the counts.
     """
-    rows = counts_R.numel()
-    if rows <= max_rows:
-        return bin_counts(counts_R).to(torch.float64)
-    chunks = counts_R.split(_CHUNK_ROWS)
-    lookups = torch.stack([chunk_R.sum(dtype=torch.int64) for chunk_R in chunks]).sum()
-    threshold = (-(-lookups // max_rows)).clamp(min=1)
-    frequent = bin_counts(torch.cat([chunk_R[chunk_R >= threshold] for chunk_R in chunks]))
-    generator = torch.Generator(counts_R.device).manual_seed(0)
-    place_M = torch.rand(
-        max_rows, generator=generator, dtype=torch.float64, device=counts_R.device
-    ).add_(torch.arange(max_rows, device=counts_R.device))
-    row_M = place_M.mul_(rows / max_rows).long().clamp_(max=rows - 1)
-    sampled_M = counts_R[row_M]
-    others = bin_counts(sampled_M[sampled_M < threshold])
-    weight = (rows - frequent[0].sum()).to(torch.float64) / others[0].sum().clamp(min=1)
-    return frequent + weight * others
-
-
-@dataclass(frozen=True)
-class ZipfFit:
-    """A line through the rank-frequency plot: ``count = first * rank ** -exponent``.
-
-    Attributes:
-        exponent: of Zipf's law; 0 where all rows are equally frequent.
-        first: count of rank 1 on the line.
-        last_rank: the fit is over the ranks 1 to this one.
-    """
-
-    exponent: float
-    first: float
-    last_rank: float
+    sums_VB = torch.zeros(len(values_R), BINS, dtype=torch.float64, device=counts_R.device)
+    bins_R = bin_of(counts_R)
+    for sums_B, value_R in zip(sums_VB, values_R, strict=True):
+        sums_B.index_add_(0, bins_R, value_R.to(torch.float64))
+    return sums_VB
 
 
 @dataclass(frozen=True)
@@ -142,8 +91,8 @@ class CountHistogram:
 
     @classmethod
     def of_bins(cls, sums_2B: Tensor) -> CountHistogram:
-        """From :func:`bin_counts`, [2, BINS], perhaps of parts added up; without empty bins."""
-        rows_B, lookups_B = sums_2B.to("cpu", torch.float64).numpy()
+        """From rows and lookups by bin, [2, BINS]; without empty bins."""
+        rows_B, lookups_B = sums_2B.cpu().numpy()
         return cls(rows_B[rows_B > 0], lookups_B[rows_B > 0])
 
     def quantile(self, share: float) -> float:
@@ -186,27 +135,24 @@ class CountHistogram:
         last_B = np.cumsum(rows_B)
         return last_B - rows_B + 1, last_B, lookups_B / rows_B
 
-    def zipf(self, min_count: int = 10) -> ZipfFit | None:
-        """Zipf's law, fitted to the rows with at least ``min_count`` lookups.
+    def zipf(self) -> float | None:
+        """Exponent ``s`` of Zipf's law, ``count ~ rank ** -s``, for rows with at least 10 lookups.
 
-        Least squares of the log of the count on the log of the rank, with the same weight for equal
+        Least squares of the log of the count on the log of the rank, with equal weight for equal
         lengths of the log of the rank, as the eye sees it in the plot. Rarer rows are left out: the
         order in which chance puts them bends the line down.
-
-        Args:
-            min_count: lookups of the rarest row of the fit.
 
         Returns:
             None for fewer than 10 such rows, or where all have about the same count.
         """
-        first_B, last_B, count_B = (values[self.ranks()[2] >= min_count] for values in self.ranks())
+        first_B, last_B, count_B = (values[self.ranks()[2] >= 10] for values in self.ranks())
         if len(count_B) < 2 or last_B[-1] < 10:
             return None
         weight_B = np.log((last_B + 0.5) / (first_B - 0.5))
         x_B, y_B = (np.log(first_B) + np.log(last_B)) / 2, np.log(count_B)
-        x, y = np.average(x_B, weights=weight_B), np.average(y_B, weights=weight_B)
-        slope = weight_B @ ((x_B - x) * (y_B - y)) / (weight_B @ (x_B - x) ** 2)
-        return ZipfFit(float(-slope), float(np.exp(y - slope * x)), float(last_B[-1]))
+        x_B = x_B - np.average(x_B, weights=weight_B)
+        y_B = y_B - np.average(y_B, weights=weight_B)
+        return -float((weight_B @ (x_B * y_B)) / (weight_B @ x_B**2))
 
     def expected_distinct(self, lookups: float) -> float:
         r"""Distinct rows of a batch, :math:`\sum_i 1 - (1 - p_i)^N`.
@@ -287,86 +233,52 @@ class CountHistogram:
         return seen_B
 
 
-@dataclass(frozen=True)
 class TableTraffic:
     """A table's lookups, by frequency of the row and along the rows.
 
-    Of a table that is too large for one host, or that lies in shards, take the parts one by one and
-    add them: ``TableTraffic.of(part0, 0, rows) + TableTraffic.of(part1, len(part0), rows)``.
+    A large table is read in parts: ``add`` each of them.
 
-    Attributes:
+    Args:
         rows: rows of the whole table.
-        rows_B, lookups_B: float64 [bins] number of rows in each bin of counts, and their lookups.
-        lookups_K: float64 [blocks] lookups of each block of equally many neighbouring rows.
+        table: its name, for errors.
     """
 
-    rows: int
-    rows_B: NDArray[np.float64]
-    lookups_B: NDArray[np.float64]
-    lookups_K: NDArray[np.float64]
+    def __init__(self, rows: int, table: str = "") -> None:
+        self.rows, self._table = rows, table
+        self._sums_2B = torch.zeros(2, BINS, dtype=torch.float64)
+        self._block_rows = max(-(-rows // BLOCKS), 1)
+        self._lookups_K = torch.zeros(-(-rows // self._block_rows), dtype=torch.float64)
 
     @classmethod
-    def of_blocks(
-        cls, blocks: Iterable[tuple[int, Tensor]], rows: int, *, table: str = ""
-    ) -> TableTraffic:
-        """The traffic of a table that is read block by block.
-
-        Args:
-            blocks: the number of the first row of each, and its counts [rows of the block].
-            rows, table: as of :meth:`of`.
-        """
-        traffic = cls.of(torch.empty(0, dtype=torch.int32), 0, rows)
-        for first, counts_R in blocks:
-            traffic += cls.of(counts_R, first, rows, table=table)
+    def of(cls, counts_R: Tensor, table: str = "") -> TableTraffic:
+        """The traffic of a whole table; see :meth:`add`."""
+        traffic = cls(len(counts_R), table)
+        traffic.add(0, counts_R)
         return traffic
 
-    @classmethod
-    def of(
-        cls, counts_R: Tensor, first: int = 0, rows: int | None = None, *, table: str = ""
-    ) -> TableTraffic:
-        """The traffic of some rows of a table.
+    def add(self, first: int, counts_R: Tensor) -> None:
+        """Takes in the next rows.
 
         Args:
+            first: number of the first of them.
             counts_R: [rows] whole numbers from 0 to ``torchrec_freq.COUNT_CEILING``, of any dtype,
-                on any device; read in chunks.
-            first: number of the first of these rows.
-            rows: rows of the whole table; None if these are all.
-            table: its name, for errors.
+                on any device.
 
         Raises:
-            ValueError: counts that are not whole numbers in range, or rows outside the table.
+            ValueError: counts that are not whole numbers in range; the message names the table.
         """
-        check_counts(table, counts_R)
-        total = counts_R.numel() if rows is None else rows
-        if first < 0 or first + counts_R.numel() > total:
-            raise ValueError(
-                f"Table {table!r}: rows {first} to {first + counts_R.numel() - 1} lie outside its "
-                f"{total} rows."
-            )
-        block = _block_rows(total)
-        lookups_K = np.zeros(-(-total // block))
-        sums_2B = torch.zeros(2, BINS, dtype=torch.int64)
-        for start in range(0, counts_R.numel(), _CHUNK_ROWS):
-            chunk_R = counts_R[start : start + _CHUNK_ROWS].detach().cpu()
-            sums_2B += bin_counts(chunk_R)
-            blocks_R = (first + start + torch.arange(len(chunk_R))) // block
-            in_blocks = torch.bincount(blocks_R - blocks_R[0], weights=chunk_R).numpy()
-            lookups_K[int(blocks_R[0]) :][: len(in_blocks)] += in_blocks
-        rows_B, lookups_B = sums_2B.to(torch.float64).numpy()
-        return cls(total, rows_B, lookups_B, lookups_K)
-
-    def __add__(self, other: TableTraffic) -> TableTraffic:
-        if self.rows != other.rows:
-            raise ValueError(
-                f"Parts of two tables, of {self.rows} and {other.rows} rows, cannot be added."
-            )
-        rows_B, lookups_B = self.rows_B + other.rows_B, self.lookups_B + other.lookups_B
-        return TableTraffic(self.rows, rows_B, lookups_B, self.lookups_K + other.lookups_K)
+        check_counts(self._table, counts_R)
+        for chunk_R in counts_R.detach().split(CHUNK_ROWS):
+            chunk_R = chunk_R.cpu()
+            self._sums_2B += sum_by_count(chunk_R, torch.ones(len(chunk_R)), chunk_R)
+            rows_R = first + torch.arange(len(chunk_R))
+            self._lookups_K.index_add_(0, rows_R // self._block_rows, chunk_R.double())
+            first += len(chunk_R)
 
     @property
     def histogram(self) -> CountHistogram:
         """The rows by frequency, without empty bins."""
-        return CountHistogram.of_bins(torch.from_numpy(np.stack((self.rows_B, self.lookups_B))))
+        return CountHistogram.of_bins(self._sums_2B)
 
     def share(self, first: int, last: int) -> float:
         """Share of the table's lookups that go to some neighbouring rows.
@@ -381,20 +293,9 @@ class TableTraffic:
         Returns:
             0 to 1. For a table without lookups, the share of the rows.
         """
-        if self.rows == 0:
-            return 0.0
-        total = float(self.lookups_K.sum())
-        if total == 0:
-            return (last - first) / self.rows
-        ends_K = np.minimum(np.arange(len(self.lookups_K) + 1) * _block_rows(self.rows), self.rows)
-        below = np.interp([first, last], ends_K, np.append(0, np.cumsum(self.lookups_K)))
-        return float(below[1] - below[0]) / total
-
-
-def _block_rows(rows: int) -> int:
-    return max(-(-rows // BLOCKS), 1)
-
-
-def traffic_of(table: str, counts: Tensor | TableTraffic) -> TableTraffic:
-    """Counts, [rows] whole numbers, summarized, unless they are already."""
-    return counts if isinstance(counts, TableTraffic) else TableTraffic.of(counts, table=table)
+        lookups_K = self._lookups_K.numpy()
+        if not lookups_K.any():
+            return (last - first) / max(self.rows, 1)
+        ends_K = np.minimum(np.arange(len(lookups_K) + 1) * self._block_rows, self.rows)
+        below = np.interp([first, last], ends_K, np.append(0, np.cumsum(lookups_K)))
+        return float(below[1] - below[0]) / float(lookups_K.sum())

@@ -1,22 +1,5 @@
-"""FrequencySGD in TorchRec's planner, and plans of several optimizers side by side."""
+"""TorchRec's planner, which knows from counts which rows are hot."""
 
-from torchrec_freq.analysis.cache import MeasuredCacheStatistics, cache_statistics
-from torchrec_freq.planner.estimates import (
-    Counts,
-    FrequencyPerfEstimator,
-    FrequencyStats,
-    ShardLoad,
-    make_planner,
-    shard_loads,
-)
+from torchrec_freq.planner.estimates import make_planner
 
-__all__ = [
-    "Counts",
-    "FrequencyPerfEstimator",
-    "FrequencyStats",
-    "MeasuredCacheStatistics",
-    "ShardLoad",
-    "cache_statistics",
-    "make_planner",
-    "shard_loads",
-]
+__all__ = ["make_planner"]

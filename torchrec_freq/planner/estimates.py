@@ -1,13 +1,16 @@
-"""FrequencySGD in TorchRec's planner: the memory of its counters, and what they say of the load."""
+"""TorchRec's planner with counts: what row-wise shards and caches of hot rows cost.
+
+The bytes of FrequencySGD are in every plan of TorchRec's own planner too, once the package is
+imported (:mod:`torchrec_freq.sharded.install`).
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -27,18 +30,11 @@ from torchrec.distributed.planner.shard_estimators import (
     EmbeddingPerfEstimator,
     EmbeddingStorageEstimator,
 )
-from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import ShardingOption
-from torchrec.distributed.planner.utils import bytes_to_gb
-from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
+from torchrec.distributed.types import CacheParams, ShardingType
 
-from torchrec_freq.analysis.cache import cache_statistics
-from torchrec_freq.analysis.traffic import TableTraffic, traffic_of
-from torchrec_freq.sharded.install import COUNTER_BYTES, is_ours
-from torchrec_freq.sharded.opt_in import without_optimizer
-
-Counts = Mapping[str, "Tensor | TableTraffic"]
-"""Table name -> counts [num_embeddings], or the summary of counts that are too large to hold."""
+from torchrec_freq.analysis.cache import MeasuredCacheStatistics
+from torchrec_freq.analysis.traffic import TableTraffic
 
 
 def make_planner(
@@ -46,28 +42,28 @@ def make_planner(
     batch_size: int | None = None,
     constraints: Mapping[str, ParameterConstraints] | None = None,
     *,
-    counts: Counts | None = None,
+    counts: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> EmbeddingShardingPlanner:
-    """TorchRec's planner, which knows what FrequencySGD needs: in place of its constructor.
+    """TorchRec's planner, which knows from counts which rows are hot: use it as its constructor.
 
     >>> planner = make_planner(Topology(world_size=8, compute_device="cuda"), batch_size=1024)
 
-    With counts it also knows which rows are hot. Row-wise shards cost what the rows in them are
-    looked up (:class:`FrequencyPerfEstimator`), and tables have :func:`cache_statistics`, from
-    which ``proposer=EmbeddingOffloadScaleupProposer()`` divides the memory for caches.
+    The time of a row-wise shard is that of its own rows' lookups. Each table has cache statistics
+    (:class:`torchrec_freq.analysis.cache.MeasuredCacheStatistics`), from which
+    ``proposer=EmbeddingOffloadScaleupProposer()`` divides the memory for caches.
 
     Args:
         topology: the ranks and their memory; None for those of the default process group.
-        batch_size: samples of a rank's batch; None for TorchRec's default.
-        constraints: by table name. ``pooling_factors`` should be the mean ids a sample.
-        counts: by table name; of :func:`torchrec_freq.row_counts` or
+        batch_size: samples in a rank's batch; None for TorchRec's default.
+        constraints: by table name. ``pooling_factors`` should be the mean ids in a sample.
+        counts: table name -> [num_embeddings] counts, as from :func:`torchrec_freq.row_counts` or
             :func:`torchrec_freq.load_counts`. Cache parameters that the constraints do not give
             are TorchRec's defaults.
         kwargs: further arguments of ``EmbeddingShardingPlanner``, except ``enumerator``.
 
     Raises:
-        ValueError: counts that are not whole numbers in range, named by table.
+        ValueError: counts that are not whole numbers in range; the message names the table.
     """
     if topology is None:
         topology = Topology(
@@ -76,10 +72,10 @@ def make_planner(
             compute_device="cuda" if torch.cuda.is_available() else "cpu",
         )
     batch_size = batch_size or BATCH_SIZE
-    traffic = {name: traffic_of(name, values) for name, values in (counts or {}).items()}
+    traffic = {name: TableTraffic.of(values, name) for name, values in (counts or {}).items()}
     known = _with_statistics(dict(constraints or {}), traffic, topology, batch_size)
     estimators = [
-        FrequencyPerfEstimator(topology, known, traffic=traffic),
+        _PerfEstimator(topology, known, traffic=traffic),
         EmbeddingStorageEstimator(topology, known),
     ]
     return EmbeddingShardingPlanner(
@@ -87,17 +83,17 @@ def make_planner(
         batch_size=batch_size,
         enumerator=EmbeddingEnumerator(topology, batch_size, known, estimator=estimators),
         constraints=known,
-        **{"stats": FrequencyStats(), **kwargs},
+        **kwargs,
     )
 
 
-class FrequencyPerfEstimator(EmbeddingPerfEstimator):
+class _PerfEstimator(EmbeddingPerfEstimator):
     """TorchRec's estimate of time, with each row-wise shard's own share of the lookups.
 
     TorchRec gives every row-wise shard equally many. Where ids are sorted by frequency, as those of
     most vocabularies, the first shard has most of them, and its rank is the one that all wait for.
-    Other sharding types and tables without counts are TorchRec's, and so is the time to fetch
-    rows into a cache: which rows a cache misses depends little on where the hot ones lie.
+    Other sharding types and tables without counts have TorchRec's estimate, and so has the time to
+    fetch rows into a cache: which rows it misses depends little on where the hot ones lie.
 
     Args:
         topology, constraints, is_inference: as of ``EmbeddingPerfEstimator``.
@@ -142,7 +138,7 @@ class FrequencyPerfEstimator(EmbeddingPerfEstimator):
 
 
 class _ByShare:
-    """Of an evaluator of row-wise shards: one shard's part of the table's lookups."""
+    """Gives an evaluator of row-wise shards one shard's part of the table's lookups."""
 
     def __init__(self, share: float) -> None:
         self._share = share
@@ -161,75 +157,6 @@ _BY_SHARE: Final[Mapping[str, type[Any]]] = {
 }
 
 
-class FrequencyStats(EmbeddingStats):
-    """TorchRec's report of a plan, with the bytes of the counters below those of other optimizers.
-
-    Without it the report shows a second copy of each table that trains with FrequencySGD.
-    """
-
-    def log(self, *args: Any, best_plan: list[ShardingOption], **kwargs: Any) -> None:
-        """Logs the report, as ``EmbeddingStats`` does."""
-        data = getattr(kwargs.get("enumerator"), "_sharder_data_map", {})
-        ours = [option for option in best_plan if is_ours(option, data)]
-        self._counter_bytes: Counter[str] = Counter()
-        for option in ours:
-            rows = sum(shard.size[0] for shard in option.shards)
-            self._counter_bytes[option.compute_kernel] += COUNTER_BYTES * rows
-        with without_optimizer({id(o.tensor): o.tensor for o in ours}.values()):
-            super().log(*args, best_plan=best_plan, **kwargs)
-
-    def _log_compute_kernel_stats(
-        self, compute_kernels_stats: dict[str, Any], description: str
-    ) -> None:
-        super()._log_compute_kernel_stats(compute_kernels_stats, description)
-        if description == "Compute Kernels Optimizer State" and self._counter_bytes:
-            super()._log_compute_kernel_stats(
-                {k: f"{bytes_to_gb(b):.3f} GB" for k, b in self._counter_bytes.items()},
-                "Compute Kernels Row Counters of FrequencySGD",
-            )
-
-
-class ShardLoad(NamedTuple):
-    """How much of a table's lookups go to one of its shards.
-
-    Attributes:
-        table: its name.
-        rank: where the shard is.
-        share: part of the table's lookups that read a row of this shard; column shards have all
-            of their rows' lookups each.
-        columns: number of columns that are read here.
-    """
-
-    table: str
-    rank: int
-    share: float
-    columns: int
-
-
-def shard_loads(plan: ShardingPlan, counts: Counts) -> list[ShardLoad]:
-    """Expected lookups of each shard of a plan; those of ranks differ where hot rows are together.
-
-    Args:
-        plan: any plan, of :func:`make_planner` or not.
-        counts: by table name; tables without counts are left out.
-
-    Returns:
-        A load for each shard, in the order of the plan. Data-parallel tables are left out: each
-        rank looks up its own samples in them.
-    """
-    loads = []
-    traffic = {name: traffic_of(name, values) for name, values in counts.items()}
-    for module in plan.plan.values():
-        for name, sharding in module.items():
-            if name not in traffic or sharding.sharding_spec is None:
-                continue
-            for rank, shard in zip(sharding.ranks, sharding.sharding_spec.shards, strict=True):
-                first, (rows, columns) = shard.shard_offsets[0], shard.shard_sizes
-                share = traffic[name].share(first, first + rows)
-                loads.append(ShardLoad(name, rank, share, columns))
-    return loads
-
-
 def _with_statistics(
     constraints: dict[str, ParameterConstraints],
     traffic: Mapping[str, TableTraffic],
@@ -245,7 +172,10 @@ def _with_statistics(
         lookups = sum(map(math.prod, zip(own.pooling_factors, poolings, samples, strict=True)))
         cache = copy.copy(own.cache_params) or CacheParams(load_factor=UVM_CACHING_RATIO)
         if cache.stats is None:
-            algorithm = cache.algorithm or CacheAlgorithm.LRU
-            cache.stats = cache_statistics(table, topology.world_size * lookups, algorithm)
+            cache.stats = MeasuredCacheStatistics(
+                table.histogram,
+                topology.world_size * lookups,
+                "lfu" if cache.algorithm == CacheAlgorithm.LFU else "lru",
+            )
         constraints[name] = dataclasses.replace(own, cache_params=cache)
     return constraints
