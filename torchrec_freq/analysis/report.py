@@ -60,8 +60,8 @@ def describe(
     miss_rate: float,
     ranks: Sequence[int],
     progress: Callable[[int], object],
-) -> TableReport:
-    """Reads a table, block by block, and says what is in it.
+) -> TableReport | None:
+    """Reads a table, block by block, and says what is in it; None for one without counts.
 
     Args:
         config: the rule's settings.
@@ -74,6 +74,8 @@ def describe(
     traffic = TableTraffic(table.rows, table.name)
     rate_sums = torch.zeros(4, BINS, dtype=torch.float64)
     for first, counts_R, sums_R in table.blocks():
+        if counts_R is None:  # of row-wise Adagrad
+            return None
         traffic.add(first, counts_R)
         rates_R = learning_rates(config, counts_R, sums_R, table.totals, lr)
         rate_sums += sum_rates(counts_R, rates_R)
@@ -89,10 +91,8 @@ def describe(
     for share in TOP_SHARES:
         skew[f"top {share:.4g}"] = histogram.top_share(share * table.rows) if seen else None
     totals = table.totals
-    known = totals is not None and totals[2] > 0
-    by_count: dict[str, float | None] = {
-        "s": float(totals[1] / totals[2]) ** 0.5 if known else None
-    }
+    scale = None if totals is None else float(totals[1] / totals[2]) ** 0.5
+    by_count: dict[str, float | None] = {"s": scale}
     for quantile, share in QUANTILES.items():
         count = histogram.quantile(share)
         rate, spread = rates.at(count) or (None, None)

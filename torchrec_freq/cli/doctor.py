@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.nn.init import zeros_
 from torchrec.distributed import sharding_plan as plans
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -91,13 +92,11 @@ def _start(device: torch.device, backend: str) -> None:
 def _train(device: torch.device, sharding: str, kernel: str) -> str | None:
     """Trains some steps, sharded and in plain torch; returns how the results differ, or None."""
     torch.manual_seed(0)
-    # Both halves of the columns are alike, so column shards have the mean squares of whole rows.
     plain = torch.nn.EmbeddingBag(_ROWS, _DIM, mode="sum", sparse=True)
-    plain.weight.data = torch.randn(_ROWS, _DIM // 2).repeat(1, 2)
+    zeros_(plain.weight)
     optimizer = FrequencySGD(plain.parameters(), lr=0.1)
-    config = EmbeddingBagConfig(_ROWS, _DIM, name="t", feature_names=["f"])
+    config = EmbeddingBagConfig(_ROWS, _DIM, "t", feature_names=["f"], init_fn=zeros_)
     collection = EmbeddingBagCollection([config])
-    collection.embedding_bags["t"].weight.data.copy_(plain.weight.data)
     apply_optimizer_in_backward(FrequencySGD, collection.parameters(), {"lr": 0.1})
     sharder: Any = EmbeddingBagCollectionSharder()
     plan = plans.construct_module_sharding_plan(
@@ -117,6 +116,7 @@ def _train(device: torch.device, sharding: str, kernel: str) -> str | None:
 
     for _ in range(_STEPS):
         ids_BL = torch.randint(_ROWS, (_BAGS, 3)).square() // _ROWS  # skewed
+        # Halves that are alike: column shards have the mean squares of whole rows.
         target_BD = torch.randn(_BAGS, _DIM // 2).repeat(1, 2)
         for output_BD in (plain(ids_BL), look_up(ids_BL)):
             (output_BD - target_BD).square().mean().backward()

@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--ranks {ranks} is no multiple of --ranks-per-host {per_host}.")
     if len({table.name for table in tables}) < len(tables):
         raise ValueError("Every TABLE needs a name of its own.")
+    logging.getLogger().setLevel(logging.ERROR)  # TorchRec warns of each data-parallel table
     topology = Topology(
         ranks,
         "cuda",
@@ -109,7 +110,6 @@ def run(arguments: argparse.Namespace) -> None:
         ddr_cap=int(arguments.ddr_gb * _GB / per_host),
         local_world_size=per_host,
     )
-    logging.getLogger().setLevel(logging.ERROR)  # TorchRec warns of each data-parallel table
     lines = [["optimizer", "fits", "HBM, GB a rank", "DDR, GB a rank", "step, ms"]]
     for name in tqdm(arguments.optimizer, "plan", unit=" optimizers", disable=None):
         for fits in _KERNELS:
@@ -128,14 +128,9 @@ def _plan(
 ) -> tuple[list[str], list[str]]:
     """Figures for the rank that has most, none without a plan; and TorchRec's statistics."""
     tables: list[Table] = arguments.table
+    dtype = DataType(arguments.dtype.upper())
     configs = [
-        EmbeddingBagConfig(
-            t.rows,
-            t.columns,
-            DataType(arguments.dtype.upper()),
-            name=t.name,
-            feature_names=[t.name],
-        )
+        EmbeddingBagConfig(t.rows, t.columns, t.name, dtype, [t.name])
         for t in tables
     ]
     collection = EmbeddingBagCollection(configs, device=torch.device("meta"))

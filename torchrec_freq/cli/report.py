@@ -62,13 +62,19 @@ def run(arguments: argparse.Namespace) -> None:
         check_folder(output)
     if arguments.json is not None:
         check_output(arguments.json)
-    reports = []
+    reports, without = list[TableReport](), list[str]()
     with progress(sum(table.rows for _, table in stored), "rows") as bar:
         for source, table in stored:
             bar.set_description(visible(table.name))
-            reports.append(describe(table, source, config, progress=bar.update, **settings))
+            report = describe(table, source, config, progress=bar.update, **settings)
+            reports += [report] if report else []
+            without += [] if report else [table.name]
+    if not reports:
+        raise ValueError(f"{arguments.file[0]}: no table has counts.")
     for title, lines in text_tables(reports).items():
         print(f"{title}\n\n{markdown(lines)}\n{NOTES[title]}\n")
+    if without:
+        print(f"Left out, as they have no counts: {visible(', '.join(without))}")
     if output is not None and page is not None:
         page.write(output, reports, text_tables(reports), arguments.batch_lookups)
         print(f"{visible(str(output))}: report.html and {len(reports)} plots")
