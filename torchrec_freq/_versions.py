@@ -57,14 +57,6 @@ class Found(NamedTuple):
         torch = minor(self.versions.torch)
         return next((stack for stack in SUPPORTED if minor(stack.torch) == torch), SUPPORTED[0])
 
-    def problem(self) -> str | None:
-        """Why these versions cannot work together."""
-        if list(map(minor, self.versions)) != list(map(minor, self.needed())):
-            return "torch, TorchRec and FBGEMM are not all there, or do not fit each other"
-        if self.fbgemm_build == "cuda" and not self.driver:
-            return "FBGEMM's CUDA build needs the NVIDIA driver (libnvidia-ml.so.1)"
-        return None
-
     def repair(self) -> list[str]:
         """Shell commands that install what fits, whatever is there now."""
         stack, pip = self.needed(), f"{shlex.quote(sys.executable)} -m pip"
@@ -116,8 +108,11 @@ def check() -> Found:
     Raises:
         StackError: with the versions found, the versions needed, and the commands that repair it.
     """
-    found = find()
-    problem = found.problem()
+    found, problem = find(), ""
+    if list(map(minor, found.versions)) != list(map(minor, found.needed())):
+        problem = "torch, TorchRec and FBGEMM are not all there, or do not fit each other"
+    elif found.fbgemm_build == "cuda" and not found.driver:
+        problem = "FBGEMM's CUDA build needs the NVIDIA driver (libnvidia-ml.so.1)"
     for module in () if problem else ("torch", "fbgemm_gpu", "torchrec"):
         try:
             importlib.import_module(module)

@@ -31,6 +31,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_freq import _versions
 from torchrec_freq.cli.terminal import visible
 from torchrec_freq.optimizer import FrequencySGD
+from torchrec_freq.sharded.install import ROW_BYTES
 from torchrec_freq.sharded.model_state import row_counts
 
 HELP: Final = "check this machine: versions, GPU, communication, and a self-test"
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     device, backend = (torch.device("cuda", 0), "nccl") if gpus else (torch.device("cpu"), "gloo")
     print(f"ok    {found}: they fit each other and can be loaded")
     print(f"ok    {gpus or 'no'} GPUs: training runs on {device.type}, with {backend}")
-    print("ok    8 bytes a row besides the weights: a sum and a counter, in HBM on a GPU")
+    print(f"ok    {ROW_BYTES} bytes a row besides the weights: sum and counter, in HBM on a GPU")
     checks: dict[str, Callable[[], str | None]] = {backend: partial(_start, device, backend)}
     for sharding in _SHARDING:
         both = gpus and sharding == "table-wise"

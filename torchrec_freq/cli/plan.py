@@ -129,10 +129,7 @@ def _plan(
     """Figures for the rank that has most, none without a plan; and TorchRec's statistics."""
     tables: list[Table] = arguments.table
     dtype = DataType(arguments.dtype.upper())
-    configs = [
-        EmbeddingBagConfig(t.rows, t.columns, t.name, dtype, [t.name])
-        for t in tables
-    ]
+    configs = [EmbeddingBagConfig(t.rows, t.columns, t.name, dtype, [t.name]) for t in tables]
     collection = EmbeddingBagCollection(configs, device=torch.device("meta"))
     apply_optimizer_in_backward(_OPTIMIZERS[optimizer], collection.parameters(), {"lr": 0.1})
     constraints = {
