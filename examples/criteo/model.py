@@ -15,6 +15,7 @@ from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardedTensor, ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRMTrain
@@ -26,7 +27,7 @@ from benchmarks.common.training import FUSED_TYPES, OPTIMIZERS, SHARDING_TYPES, 
 from examples.criteo.refusal import together
 from examples.criteo.settings import Model, Optimizer, Settings
 from torchrec_freq import CountsFile, load_counts, load_row_counts
-from torchrec_freq.planner import FrequencyStats, make_planner
+from torchrec_freq.planner import make_planner
 
 GB: Final = 1 << 30
 BLOCK: Final = 1 << 16  # rows that are drawn at once
@@ -140,7 +141,7 @@ def make_plan(
         )
         for table in tables
     }
-    stats = FrequencyStats()
+    stats = EmbeddingStats()
     planner = make_planner(
         Topology(
             world_size=ranks,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
 import pickle
 import random
 from collections import Counter, OrderedDict
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from torchrec_freq import COUNT_CEILING
 from torchrec_freq.analysis.cache import MeasuredCacheStatistics
-from torchrec_freq.analysis.traffic import BLOCKS, CountHistogram, Policy, TableTraffic, bin_of
+from torchrec_freq.analysis.traffic import BLOCKS, CountHistogram, TableTraffic, bin_of
 
 
 def zipf(rows: int, exponent: float, lookups: int, seed: int = 0) -> NDArray[np.int64]:
@@ -37,44 +36,31 @@ def in_batches(ids: NDArray[np.int64], size: int) -> Batches:
     return [Counter(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
 
 
-def simulate(batches: Batches, capacity: int, policy: Policy) -> float:
+def simulate(batches: Batches, capacity: int) -> float:
     """Miss rate over the second half of the batches, in a cache that works as FBGEMM's does.
 
     A batch asks once for each distinct row. What it misses is inserted in random order, in place of
-    the least recently used row that the batch does not have (LRU), or of the least frequent row
-    if that is less frequent (LFU). Of equally old rows any may go.
+    the least recently used row that the batch does not have. Of equally old rows any may go.
     """
     rng = random.Random(1)
     asked = missed = 0
     cached: OrderedDict[int, int] = OrderedDict()  # row -> batch that had it last, oldest first
-    frequency: Counter[int] = Counter()
-    least: list[tuple[int, int]] = []  # a heap of the cached rows' frequencies, perhaps outdated
     for step, batch in enumerate(batches):
         misses = [row for row in batch if row not in cached]
         if step >= len(batches) // 2:
             asked += len(batch)
             missed += len(misses)
-        frequency.update(batch)
         for row in batch.keys() - misses:
             cached[row] = step
             cached.move_to_end(row)
         rng.shuffle(misses)
         for row in misses:
             if len(cached) == capacity:
-                if policy == "lru":
-                    out = next(iter(cached))
-                    if cached[out] == step:
-                        break
-                else:
-                    while least[0][0] != frequency[least[0][1]]:
-                        heapq.heapreplace(least, (frequency[least[0][1]], least[0][1]))
-                    out = least[0][1]
-                    if frequency[out] >= frequency[row]:
-                        continue
-                    heapq.heappop(least)
-                del cached[out]
+                oldest = next(iter(cached))
+                if cached[oldest] == step:
+                    break
+                del cached[oldest]
             cached[row] = step
-            heapq.heappush(least, (frequency[row], row))
         if len(batch) > 1:
             touched = [row for row in batch if row in cached]
             rng.shuffle(touched)
@@ -83,18 +69,17 @@ def simulate(batches: Batches, capacity: int, policy: Policy) -> float:
     return missed / asked
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
 @pytest.mark.parametrize("exponent", [0.7, 1.3])
 # The first of these batches is the textbook cache, the last has more rows than most caches.
 @pytest.mark.parametrize(("batch", "batches"), [(1, 40_000), (32, 2_000), (1024, 100)])
-def test_miss_rate_on_zipf(batch: int, batches: int, exponent: float, policy: Policy) -> None:
+def test_miss_rate_on_zipf(batch: int, batches: int, exponent: float) -> None:
     rows = 500
     ids = zipf(rows, exponent, batch * batches)
     histogram = histogram_of(ids, rows)
     for load_factor in (0.02, 0.1, 0.5):
         capacity = int(load_factor * rows)
-        simulated = simulate(in_batches(ids, batch), capacity, policy)
-        got = histogram.miss_rate(capacity, batch, policy)
+        simulated = simulate(in_batches(ids, batch), capacity)
+        got = histogram.miss_rate(capacity, batch)
         assert got == pytest.approx(simulated, abs=0.02), load_factor
 
 
@@ -102,7 +87,7 @@ def test_bursts_are_cached_better_than_expected() -> None:
     """The bad case of the model: users come in sessions, so they rarely miss."""
     ids = np.repeat(zipf(1000, 0.7, 1000), 100)
     expected = histogram_of(ids, 1000).miss_rate(50, 64)
-    assert expected > 0.8 > 2 * simulate(in_batches(ids, 64), 50, "lru")
+    assert expected > 0.8 > 2 * simulate(in_batches(ids, 64), 50)
 
 
 @pytest.mark.parametrize("batch", [1, 100, 10_000])
@@ -156,24 +141,20 @@ def test_shares_of_shards_whatever_the_parts(rows: int) -> None:
         assert shares == pytest.approx(exact, abs=1e-12 if rows <= BLOCKS else 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.float64])
-def test_counts_of_every_type(dtype: torch.dtype) -> None:
-    traffic = TableTraffic.of(torch.tensor([0, 1, 100, 7, 100]).to(dtype))
-    assert traffic.histogram.rows_B.tolist() == [1, 1, 1, 2]
-    assert traffic.share(2, 4) == 107 / 208
-
-
 def test_tables_at_the_edge() -> None:
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.float64):
+        traffic = TableTraffic.of(torch.tensor([0, 1, 100, 7, 100]).to(dtype))
+        assert traffic.histogram.rows_B.tolist() == [1, 1, 1, 2]
+        assert traffic.share(2, 4) == 107 / 208
     for rows in (0, 10):
         unused = TableTraffic.of(torch.zeros(rows, dtype=torch.int32))
         assert unused.histogram.expected_distinct(100) == unused.histogram.miss_rate(1, 100) == 0
         assert unused.share(0, rows // 2) == rows / 20
-    for policy in ("lru", "lfu"):
-        one = TableTraffic.of(torch.tensor([0, COUNT_CEILING, 0])).histogram
-        assert one.expected_distinct(5) == 1 and one.miss_rate(1, 5, policy) == 0
-        # Both rows are in every batch, and the cache has room for one.
-        two = TableTraffic.of(torch.tensor([COUNT_CEILING, 0, COUNT_CEILING])).histogram
-        assert two.miss_rate(1, 1000, policy) == pytest.approx(0.5)
+    one = TableTraffic.of(torch.tensor([0, COUNT_CEILING, 0])).histogram
+    assert one.expected_distinct(5) == 1 and one.miss_rate(1, 5) == 0
+    # Both rows are in every batch, and the cache has room for one.
+    two = TableTraffic.of(torch.tensor([COUNT_CEILING, 0, COUNT_CEILING])).histogram
+    assert two.miss_rate(1, 1000) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("counts", [[-1], [COUNT_CEILING + 1], [0.5], [float("nan")], [[1]]])
@@ -182,10 +163,9 @@ def test_refuses_what_cannot_be_counts(counts: list[object]) -> None:
         TableTraffic.of(torch.tensor(counts), "hot")
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_cache_statistics_are_what_the_planner_expects(policy: Policy) -> None:
+def test_cache_statistics_are_what_the_planner_expects() -> None:
     ids = zipf(2000, 1.05, 400_000)
-    statistics = MeasuredCacheStatistics(histogram_of(ids, 2000), 256, policy)
+    statistics = MeasuredCacheStatistics(histogram_of(ids, 2000), 256)
     misses = np.array([statistics.expected_miss_rate(x) for x in np.linspace(0, 1, 501)])
     assert misses[0] == 1 and misses[-1] == 0 and (np.diff(misses) <= 1e-9).all()
     area = float(((misses[1:] + misses[:-1]) / 2).sum() / 500)

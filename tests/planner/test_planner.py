@@ -29,7 +29,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 import torchrec_freq
 from torchrec_freq import FrequencySGD
 from torchrec_freq.analysis.cache import MeasuredCacheStatistics
-from torchrec_freq.analysis.traffic import Policy, TableTraffic
+from torchrec_freq.analysis.traffic import TableTraffic
 from torchrec_freq.planner import make_planner
 from torchrec_freq.sharded.install import frequency_modules
 
@@ -244,10 +244,8 @@ def test_planner_avoids_the_rank_that_all_wait_for() -> None:
     assert slowest(counts) < 1.2
 
 
-def statistics_of(
-    counts_R: torch.Tensor, lookups: float, policy: Policy = "lru"
-) -> MeasuredCacheStatistics:
-    return MeasuredCacheStatistics(TableTraffic.of(counts_R).histogram, lookups, policy)
+def statistics_of(counts_R: torch.Tensor, lookups: float) -> MeasuredCacheStatistics:
+    return MeasuredCacheStatistics(TableTraffic.of(counts_R).histogram, lookups)
 
 
 def test_caches_get_the_size_that_serves_their_table() -> None:
@@ -291,19 +289,17 @@ def test_caches_get_the_size_that_serves_their_table() -> None:
 
 
 def test_constraints_are_kept() -> None:
-    given = ParameterConstraints(
-        pooling_factors=[3.0],
-        cache_params=CacheParams(load_factor=0.4, algorithm=CacheAlgorithm.LFU),
-    )
-    constraints, counts = {"front": given}, skewed_counts()
+    given = ParameterConstraints(pooling_factors=[3.0], cache_params=CacheParams(load_factor=0.4))
+    by_frequency = ParameterConstraints(cache_params=CacheParams(algorithm=CacheAlgorithm.LFU))
+    constraints, counts = {"front": given, "middle": by_frequency}, skewed_counts()
     topology = Topology(world_size=RANKS, compute_device="cuda")
     known: Any = make_planner(topology, 512, constraints, counts=counts)._constraints
     front = known["front"].cache_params
-    assert (front.load_factor, front.algorithm) == (0.4, CacheAlgorithm.LFU)
-    expected = statistics_of(counts["front"], RANKS * 512 * 3, "lfu")
+    expected = statistics_of(counts["front"], RANKS * 512 * 3)
     assert front.stats.expected_miss_rate(0.1) == expected.expected_miss_rate(0.1)
-    assert known["end"].cache_params.load_factor == 0.2
+    assert (front.load_factor, known["end"].cache_params.load_factor) == (0.4, 0.2)
+    assert known["middle"].cache_params.stats is None  # its misses are not known
     assert given.cache_params is not None and given.cache_params.stats is None
-    assert list(constraints) == ["front"], "the caller's constraints were changed"
+    assert list(constraints) == ["front", "middle"], "the caller's constraints were changed"
     with pytest.raises(ValueError, match="'front'"):
         make_planner(topology, counts={"front": torch.tensor([-1])})

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from torchrec.distributed.types import CacheStatistics
 
-from torchrec_freq.analysis.traffic import CountHistogram, Policy
+from torchrec_freq.analysis.traffic import CountHistogram
 
 
 class MeasuredCacheStatistics(CacheStatistics):
-    """What TorchRec's planner asks about a cache, answered by the counts.
+    """What TorchRec's planner asks about an LRU cache, answered by the counts.
 
     For ``CacheParams(stats=...)`` in a table's ``ParameterConstraints``;
     :func:`torchrec_freq.planner.make_planner` makes one for each table with counts. It holds a
@@ -21,12 +21,10 @@ class MeasuredCacheStatistics(CacheStatistics):
         histogram: of the table's counts.
         batch_lookups: lookups of the table in a global batch, above 0: samples of all ranks times
             mean ids a sample.
-        policy: ``"lru"`` or ``"lfu"``.
     """
 
-    def __init__(self, histogram: CountHistogram, batch_lookups: float, policy: Policy) -> None:
+    def __init__(self, histogram: CountHistogram, batch_lookups: float) -> None:
         self._histogram, self._batch_lookups = histogram, batch_lookups
-        self._policy: Policy = policy
         self._expected_lookups = histogram.expected_distinct(batch_lookups)
         # Dense where the curve is steep: a cache of few rows.
         dense = np.geomspace(1 / max(histogram.rows, 2), 1, 65)
@@ -48,7 +46,7 @@ class MeasuredCacheStatistics(CacheStatistics):
         if clf <= 0 and self._expected_lookups > 0:
             return 1.0
         rows = min(clf, 1.0) * self._histogram.rows
-        return self._histogram.miss_rate(rows, self._batch_lookups, self._policy)
+        return self._histogram.miss_rate(rows, self._batch_lookups)
 
     @property
     def cacheability(self) -> float:

@@ -21,12 +21,11 @@ LOAD_FACTORS: Final = (0.01, 0.05, 0.1, 0.2, 0.5)
 NOTES: Final = {
     "Rows and lookups": "Zipf: exponent s of count ~ rank^-s, fitted to rows with at least 10 "
     "lookups. Top: share of the lookups that go to the most frequent rows.",
-    "Learning rates": "By quantile of the counts of the rows seen: the count, the geometric mean "
-    "of these rows' rates, and the factor within which two thirds of them are. s: root mean square "
-    "of the gradient of an occurrence. A file of counts has no sums of squares, and so no rates "
-    "but the paper's.",
+    "Learning rates": "By quantile of the counts of the rows seen: the count, those rows' mean "
+    "rate (geometric), and the factor within which two thirds of them are. s: root mean square of "
+    "the gradient of an occurrence. Counts alone give no rates but the paper's.",
     "Caches": "Share of a batch's distinct rows that an LRU cache is expected to miss, by its part "
-    "of the rows, for ids drawn independently. Area: under the miss rate, 0 is easy and 1 hard to "
+    "of the rows, for ids drawn independently. Area: under the miss rate, 0 is easy, 1 hard to "
     "cache. Load factor: the least that misses as little as asked.",
     "Row-wise shards": "Lookups of the busiest shard as a multiple of the mean, by their number.",
 }
@@ -81,7 +80,7 @@ def describe(
         rate_sums += sum_rates(counts_R, rates_R)
         progress(len(counts_R))
     histogram, rates = traffic.histogram, RatesByCount(rate_sums)
-    seen = histogram.lookups > 0
+    seen, totals = histogram.lookups > 0, table.totals
     skew: dict[str, float | None] = {
         "rows": table.rows,
         "never seen": table.rows - round(histogram.rows_seen),
@@ -89,29 +88,29 @@ def describe(
         "Zipf": histogram.zipf(),
     }
     for share in TOP_SHARES:
-        skew[f"top {share:.4g}"] = histogram.top_share(share * table.rows) if seen else None
-    totals = table.totals
-    scale = None if totals is None else float(totals[1] / totals[2]) ** 0.5
-    by_count: dict[str, float | None] = {"s": scale}
-    for quantile, share in QUANTILES.items():
-        count = histogram.quantile(share)
-        rate, spread = rates.at(count) or (None, None)
-        by_count |= {quantile: count, f"{quantile} rate": rate, f"{quantile} spread": spread}
-    cache = MeasuredCacheStatistics(histogram, batch_lookups, "lru")
-    caches: dict[str, float | None] = {"distinct rows": cache.expected_lookups}
-    for part in LOAD_FACTORS:
-        caches[f"miss at {part}"] = cache.expected_miss_rate(part)
-    caches["area"] = cache.cacheability
-    # The miss rate falls with the rows that the cache holds.
-    rows = range(1, table.rows)
-    enough = bisect_left(
-        rows, True, key=lambda n: cache.expected_miss_rate(n / table.rows) <= miss_rate
-    )
-    caches["load factor"] = (1 + enough) / max(table.rows, 1)
+        skew[f"top {100 * share:g}%"] = histogram.top_share(share * table.rows) if seen else None
+    by_count = {"s": None if totals is None else float(totals[1] / totals[2]) ** 0.5}
+    for name, share in QUANTILES.items():
+        count = histogram.quantile(share) if seen else None
+        rate, spread = rates.at(count or 0) or (None, None)
+        by_count |= {f"{name} count": count, f"{name} rate": rate, f"{name} spread": spread}
+    cache = MeasuredCacheStatistics(histogram, batch_lookups)
+    caches = {"distinct rows": cache.expected_lookups}
+    caches |= {f"miss at {part}": cache.expected_miss_rate(part) for part in LOAD_FACTORS}
+    caches |= {"area": cache.cacheability, "load factor": _least(cache, table.rows, miss_rate)}
     shards = {str(number): _imbalance(traffic, number) if seen else None for number in ranks}
     parts = (skew, by_count, caches if seen else dict.fromkeys(caches), shards)
     figures = dict(zip(NOTES, parts, strict=True))
     return TableReport(source, table.name, figures, histogram, rates)
+
+
+def _least(cache: MeasuredCacheStatistics, rows: int, miss_rate: float) -> float:
+    """The load factor of the smallest cache that misses no more."""
+
+    def suffices(cached_rows: int) -> bool:  # the miss rate falls with the size
+        return cache.expected_miss_rate(cached_rows / rows) <= miss_rate
+
+    return (1 + bisect_left(range(1, rows), True, key=suffices)) / max(rows, 1)
 
 
 def _imbalance(traffic: TableTraffic, shards: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchrec_freq.counts.state import COUNT_CEILING, check_counts
-
-Policy = Literal["lru", "lfu"]
 
 BLOCKS: Final = 1 << 16
 """Most blocks of a table's rows whose lookups are kept apart; smaller tables keep each row."""
@@ -162,8 +160,8 @@ class CountHistogram:
         """
         return float(self.rows_B @ self._seen(lookups))
 
-    def miss_rate(self, cached_rows: float, lookups: float, policy: Policy = "lru") -> float:
-        r"""Share of a batch's distinct rows that a cache does not hold when the batch comes.
+    def miss_rate(self, cached_rows: float, lookups: float) -> float:
+        r"""Share of a batch's distinct rows that an LRU cache does not hold when the batch comes.
 
         The cache is FBGEMM's: a batch asks once for each distinct row, and rows of the current
         batch are not evicted. With :math:`q_i = 1 - (1 - p_i)^N` the chance that a batch of ``N``
@@ -171,10 +169,9 @@ class CountHistogram:
 
         .. math:: \mathrm{miss} = \sum_i q_i (1 - h_i) / \sum_i q_i, \qquad \sum_i h_i = C.
 
-        - LFU holds the ``C`` most frequent rows.
-        - LRU that can hold a whole batch holds the rows of the last ``T`` batches (Che's
+        - One that can hold a whole batch holds the rows of the last ``T`` batches (Che's
           approximation): :math:`h_i = 1 - (1 - q_i)^T`.
-        - LRU that cannot: what a batch hits stays, and a share ``r`` of what it misses takes the
+        - One that cannot: what a batch hits stays, and a share ``r`` of what it misses takes the
           place of the rest: :math:`h_i = q_i r / (1 - q_i (1 - r))`.
 
         ``T`` and ``r`` follow from the size ``C``. With ``N = 1`` this is the textbook cache.
@@ -182,23 +179,19 @@ class CountHistogram:
         Args:
             cached_rows: rows that the cache holds, ``C``.
             lookups: lookups of a batch, ``N``, above 0.
-            policy: ``"lru"`` or ``"lfu"``.
 
         Returns:
             0 to 1. 0 for a table without lookups.
 
         Source:
             Che, Tung, Wang, "Hierarchical Web Caching Systems", IEEE JSAC 2002; FBGEMM's
-            ``lru_cache_populate.cu`` and ``lfu_cache_populate.cu``, without their 32-way sets.
+            ``lru_cache_populate.cu``, without its 32-way sets.
         """
         seen_B = self._seen(lookups)
         distinct = float(self.rows_B @ seen_B)
         if distinct == 0 or cached_rows >= self.rows_seen:
             return 0.0
-        if policy == "lfu":
-            more_frequent_B = np.flip(np.cumsum(np.flip(self.rows_B))) - self.rows_B
-            held_B = np.clip((cached_rows - more_frequent_B) / np.maximum(self.rows_B, 1), 0, 1)
-        elif cached_rows >= distinct:
+        if cached_rows >= distinct:
             # x = log T, and as long ago as any row can have been looked up: e^80 batches.
             held_B = self._filled(lambda x: self._seen(lookups * math.exp(x)), cached_rows)
         else:

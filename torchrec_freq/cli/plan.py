@@ -154,4 +154,4 @@ def _plan(
         storage = shard.storage
         figures = [storage.hbm / _GB, storage.ddr / _GB, shard.perf.total]
         sums[shard.rank] += torch.tensor(figures, dtype=torch.float64)
-    return [f"{most:.1f}" for most in sums.amax(0).tolist()], stats._stats_table
+    return [f"{most:.2f}" for most in sums.amax(0).tolist()], stats._stats_table

@@ -96,14 +96,11 @@ def text_tables(reports: Sequence[TableReport]) -> dict[str, list[list[str]]]:
     """Each part of the reports as a header and a line for each table."""
     several = len({report.source for report in reports}) > 1
     names = [visible(f"{r.source}: {r.name}" if several else r.name) for r in reports]
-    return {
-        title: [["table", *reports[0].figures[title]]]
-        + [
-            [name, *(_cell(*figure) for figure in report.figures[title].items())]
-            for name, report in zip(names, reports, strict=True)
-        ]
-        for title in NOTES
-    }
+    tables = {title: [["table", *reports[0].figures[title]]] for title in NOTES}
+    for name, report in zip(names, reports, strict=True):
+        for title, figures in report.figures.items():
+            tables[title].append([name, *map(_cell, figures.values())])
+    return tables
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -118,9 +115,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return f"{header}{rule}\n{''.join(body)}"
 
 
-def _cell(name: str, value: float | None) -> str:
+def _cell(value: float | None) -> str:
     if value is None:
         return ""
-    if name.startswith(("top", "miss")):
-        return f"{100 * value:.3g}%"
     return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"

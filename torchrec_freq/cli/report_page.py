@@ -20,13 +20,10 @@ from torchrec_freq.cli.terminal import visible
 from torchrec_freq.output import write_text, writing
 
 _LOAD_FACTORS: Final = np.geomspace(1e-4, 1, 41)
-_STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em }
-div { overflow-x: auto }
-table { border-collapse: collapse; white-space: nowrap }
-th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-"""
+_STYLE: Final = (
+    "body { font: 15px sans-serif; max-width: 1150px; margin: 2em auto } div { overflow-x: auto }"
+    "td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }"
+)
 
 
 def plot(report: TableReport, batch_lookups: float) -> bytes:

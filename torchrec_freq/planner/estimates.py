@@ -49,9 +49,9 @@ def make_planner(
 
     >>> planner = make_planner(Topology(world_size=8, compute_device="cuda"), batch_size=1024)
 
-    The time of a row-wise shard is that of its own rows' lookups. Each table has cache statistics
-    (:class:`torchrec_freq.analysis.cache.MeasuredCacheStatistics`), from which
-    ``proposer=EmbeddingOffloadScaleupProposer()`` divides the memory for caches.
+    The time of a row-wise shard is that of its own rows' lookups. Tables have statistics for LRU
+    caches (:class:`torchrec_freq.analysis.cache.MeasuredCacheStatistics`), from which
+    ``proposer=EmbeddingOffloadScaleupProposer()`` divides the memory.
 
     Args:
         topology: the ranks and their memory; None for those of the default process group.
@@ -171,11 +171,8 @@ def _with_statistics(
         samples = own.batch_sizes or [batch_size] * inputs
         lookups = sum(map(math.prod, zip(own.pooling_factors, poolings, samples, strict=True)))
         cache = copy.copy(own.cache_params) or CacheParams(load_factor=UVM_CACHING_RATIO)
-        if cache.stats is None:
-            cache.stats = MeasuredCacheStatistics(
-                table.histogram,
-                topology.world_size * lookups,
-                "lfu" if cache.algorithm == CacheAlgorithm.LFU else "lru",
-            )
+        if cache.stats is None and cache.algorithm != CacheAlgorithm.LFU:
+            lookups *= topology.world_size
+            cache.stats = MeasuredCacheStatistics(table.histogram, lookups)
         constraints[name] = dataclasses.replace(own, cache_params=cache)
     return constraints
