@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchrec_freq.analysis.rates import QUANTILES, RatesByCount, learning_rates, sum_rates
 from torchrec_freq.analysis.traffic import BINS, CHUNK_ROWS, CountHistogram, sum_by_count
-from torchrec_freq.sharded.model_state import named_tables
+from torchrec_freq.model_state import named_tables
 from torchrec_freq.sharded.tables import FrequencyTables
 
 Writer = Callable[[int, dict[str, float]], object]

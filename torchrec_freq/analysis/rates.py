@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchrec_freq.analysis.traffic import bin_of, sum_by_count
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.rule import mean_square, row_multiplier
+from torchrec_freq.rule import may_move, mean_square, row_multiplier
 
 QUANTILES: Final[Mapping[str, float]] = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 """Of the counts of the rows that have been seen."""
@@ -52,7 +52,7 @@ def learning_rates(
         rates_R = row_multiplier(config, counts, sums, rho)
         known_R = (sums > 0) | (rho * config.prior_count > 0)
         rates_R = rates_R.where(known_R, torch.nan)
-    return (rates_R * lr).where(counts + 1 >= config.admit, 0.0)
+    return (rates_R * lr).where(may_move(config, counts + 1), 0.0)
 
 
 def sum_rates(counts_R: Tensor, rates_R: Tensor) -> Tensor:

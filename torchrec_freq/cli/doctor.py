@@ -30,9 +30,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_freq import _versions
 from torchrec_freq.cli.terminal import visible
+from torchrec_freq.model_state import row_counts
 from torchrec_freq.optimizer import FrequencySGD
 from torchrec_freq.sharded.install import ROW_BYTES
-from torchrec_freq.sharded.model_state import row_counts
 
 HELP: Final = "check this machine: versions, GPU, communication, and a self-test"
 

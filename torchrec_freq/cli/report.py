@@ -18,7 +18,7 @@ from torchrec_freq.analysis.report import NOTES, TableReport, describe
 from torchrec_freq.analysis.traffic import BLOCKS
 from torchrec_freq.cli.arguments import number_below, whole_numbers
 from torchrec_freq.cli.terminal import progress, visible
-from torchrec_freq.config import DEFAULT_PRIOR_COUNT, FrequencyConfig
+from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.stored import open_stored
 from torchrec_freq.output import check_folder, check_output, write_text
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     paper_help = "the tables train with normalize=None, the paper's rule"
     share, ranks = partial(number_below, end=1), partial(whole_numbers, most=BLOCKS)
     add, counts = parser.add_argument, [2, 4, 8, 16, 32, 64]
+    prior = FrequencyConfig.prior_count
     add("file", nargs="+", type=Path, metavar="FILE", help="counts or checkpoint")
     add("-o", "--output", type=Path, metavar="FOLDER", help=page_help)
     add("--json", type=Path, metavar="FILE", help="also write the figures here")
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--miss-rate", type=share, default=0.1, metavar="SHARE", help=miss_help)
     add("--ranks", type=ranks, default=counts, metavar="N[,N...]", help="numbers of shards")
     add("--lr", type=number_below, default=1.0, help="learning rate (default: multiples of it)")
-    add("--prior-count", type=float, default=DEFAULT_PRIOR_COUNT, help=rule_help)
+    add("--prior-count", type=float, default=prior, help=rule_help)
     add("--no-normalize", action="store_true", help=paper_help)
     add("--min-count", type=float, default=1, help=rule_help)
 
