@@ -109,7 +109,7 @@ wheel: setup  ## build and check the wheel and the source archive, into dist
 clean:  ## remove build products and caches
 	@rm -rf build dist docs/_build *.egg-info .ci/fbgemm-cpu/build .ci/fbgemm-cpu/*.egg-info
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache
-	@find torchrec_freq benchmarks criteo docs examples launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find torchrec_freq benchmarks docs examples launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove the environments, the downloaded data and results of runs
 	@rm -rf .venv .venv-next $(VENV) .data runs

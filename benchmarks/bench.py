@@ -49,9 +49,9 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
+from benchmarks.common.ranks import start_ranks
+from benchmarks.common.training import OPTIMIZERS, optimizer_bytes
 from benchmarks.timing import BATCHES, Measured, Step, measure, spent
-from examples.ranks import start_ranks
-from examples.training import OPTIMIZERS, optimizer_bytes
 from torchrec_freq import FrequencyConfig
 from torchrec_freq.engine.tbe import FrequencyTBE
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.ranks import start_ranks
 from benchmarks.study.config import FREQUENCY, ROWWISE, Arm, Run
 from benchmarks.study.data import Dataset, load
 from benchmarks.study.sweep import best_of, lr_at, next_exponents
 from benchmarks.study.train import build
-from examples.ranks import start_ranks
 from torchrec_freq.counts.state import TableState
 from torchrec_freq.sharded.install import frequency_modules
 from torchrec_freq.sharded.tables import part_of_sum

@@ -21,15 +21,15 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
+from benchmarks.common import planted
+from benchmarks.common.checkpoint import Checkpoints
+from benchmarks.common.days import Batches, Days, find_days
+from benchmarks.common.ranks import start_ranks
+from benchmarks.common.training import Training
 from benchmarks.pictures import GREY, picture
-from criteo import planted
-from criteo.config import Data, Model, Optimizer, Planner, Settings
-from criteo.data import Batches, Days, find_days
-from criteo.model import build
-from criteo.start import start
-from examples.checkpoint import Checkpoints
-from examples.ranks import start_ranks
-from examples.training import Training
+from examples.criteo.model import build
+from examples.criteo.settings import Data, Model, Optimizer, Planner, Settings
+from examples.criteo.start import start
 from torchrec_freq import save_counts
 from torchrec_freq.counts.ids import count_ids
 

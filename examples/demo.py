@@ -30,10 +30,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from tqdm import tqdm
 
-from examples.checkpoint import Checkpoints
-from examples.movielens import MovieLens, fetch, read
-from examples.ranks import start_ranks
-from examples.training import DENSE_LR, OPTIMIZERS, Training, optimizer_bytes, shard_alike
+from benchmarks.common.checkpoint import Checkpoints
+from benchmarks.common.movielens import MovieLens, fetch, read
+from benchmarks.common.ranks import start_ranks
+from benchmarks.common.training import DENSE_LR, OPTIMIZERS, Training, optimizer_bytes, shard_alike
 from torchrec_freq import row_counts
 from torchrec_freq.output import check_folder, write_text, writing
 

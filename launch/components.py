@@ -120,7 +120,7 @@ def dlrm(
         defaults["PET_MAX_RESTARTS"] = str(max_restarts)
     app = ddp(
         *args,
-        m="criteo",
+        m="examples.criteo",
         image=image,
         name=name,
         j=j,

@@ -25,7 +25,7 @@ _TIMEOUT_SECONDS = 120
 
 # Ranks, and the programs that tests kill, are forked from a server that has imported them once.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["criteo.__main__", "examples.demo", "pytest"])
+context.set_forkserver_preload(["examples.criteo.__main__", "examples.demo", "pytest"])
 
 _workers: list[_Worker] = []  # rank r of every test is the r-th of them
 

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from examples.movielens import AGE_GROUPS, GENRES
+from benchmarks.common.movielens import AGE_GROUPS, GENRES
 
 RATINGS, USERS, ITEMS = 400, 30, 50
 

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT
 
-from criteo import __main__ as program
-from criteo import model
-from criteo.config import parse
-from examples.training import Training
+from benchmarks.common.training import Training
+from examples.criteo import __main__ as program
+from examples.criteo import model
+from examples.criteo.settings import parse
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = [3 + 2 * table for table in range(CAT_FEATURE_COUNT)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from criteo.planted import TASKS
+from benchmarks.common.planted import TASKS
 from torchrec_freq.config import FrequencyConfig
 
 STREAM, AFTER = "predict-then-train", "after the stream"

@@ -11,10 +11,9 @@ from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from torchrec.datasets.utils import Batch
 
+from benchmarks.common import movielens, planted
+from benchmarks.common.days import Days, find_days, single_ids
 from benchmarks.study.config import in_time
-from criteo import planted
-from criteo.data import Days, find_days, single_ids
-from examples import movielens
 
 EVALUATION_BATCH = 4096  # samples
 MAX_ROWS = 300_000  # of a Criteo table: larger ids are taken modulo this

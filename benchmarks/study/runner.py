@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.common.ranks import start_ranks
 from benchmarks.study.config import Experiment, Run
 from benchmarks.study.data import find
 from benchmarks.study.sweep import Result, Results, Sweep
 from benchmarks.study.train import train
-from examples.ranks import start_ranks
 
 
 def run_all(

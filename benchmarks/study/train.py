@@ -17,10 +17,10 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim.optimizers import Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from benchmarks.common.training import OPTIMIZERS, Training, shard_alike
 from benchmarks.study import ablation
 from benchmarks.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run
 from benchmarks.study.data import Dataset, load
-from examples.training import OPTIMIZERS, Training, shard_alike
 from torchrec_freq import load_row_counts
 
 ARMS = {

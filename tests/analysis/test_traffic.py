@@ -15,7 +15,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from numpy.typing import NDArray
 
-from examples import movielens
+from benchmarks.common import movielens
 from torchrec_freq import COUNT_CEILING
 from torchrec_freq.analysis.traffic import BLOCKS, Policy, TableTraffic, _bin_of
 from torchrec_freq.planner import cache_statistics

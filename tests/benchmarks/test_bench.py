@@ -22,7 +22,7 @@ from benchmarks.bench import (
     save,
     table,
 )
-from examples.training import OPTIMIZERS
+from benchmarks.common.training import OPTIMIZERS
 
 CPU = torch.device("cpu")
 SHAPE = Shape(tables=2, rows=64, dim=8, batch=16, ids=3)

@@ -21,6 +21,8 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from benchmarks.common import planted
+from benchmarks.common.planted import Task
 from benchmarks.study import ablation, compare, report, runner, verdict
 from benchmarks.study.config import (
     ADAGRAD,
@@ -43,8 +45,6 @@ from benchmarks.study.config import (
 from benchmarks.study.data import criteo_data, find, load
 from benchmarks.study.sweep import Results, lr_at, next_exponents
 from benchmarks.study.train import build, stream_curve, stream_figures, train
-from criteo import planted
-from criteo.planted import Task
 
 SMALL = Task(days=3, samples=600, held_out=600, rows=(4, 60))
 

@@ -32,7 +32,7 @@ from training import (
     scalars,
 )
 
-from criteo.loop import Loop
+from examples.criteo.loop import Loop
 from torchrec_freq import FrequencyConfig
 
 
@@ -43,7 +43,7 @@ class Launch:
         self.out = out
         out.mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "2", *torchrun, "-m", "criteo"]
+        command += ["--nproc-per-node", "2", *torchrun, "-m", "examples.criteo"]
         command += arguments(folder, out, "--checkpoint.keep", "100", "--data.threads", "1")
         self.log = (out / "log.txt").open("w+")
         self.process = subprocess.Popen(
@@ -65,7 +65,7 @@ class Launch:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         pids = children.read_text().split()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
-        return [int(pid) for pid in pids if b"criteo" in commands[pid]]
+        return [int(pid) for pid in pids if b"examples.criteo" in commands[pid]]
 
     def wait(self) -> int:
         try:
@@ -256,7 +256,7 @@ def test_finished_and_prolonged(reference: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(reference: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "1", "-m", "criteo"]
+    command += ["--nproc-per-node", "1", "-m", "examples.criteo"]
     command += arguments(reference / "data", tmp_path / "out")
     for more in (["--max_steps", "12"], []):  # the second run resumes
         subprocess.run([*command, *more], cwd=REPOSITORY, check=True, timeout=240)

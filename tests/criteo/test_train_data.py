@@ -21,11 +21,11 @@ from ranks import on_ranks
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from training import BATCH, EPOCHS, ROWS, SAMPLES, arguments, assert_same, run, write
 
-from criteo import __main__ as program
-from criteo import data as data_module
-from criteo import scan
-from criteo.config import parse
-from criteo.data import Batches, Days, find_days
+from benchmarks.common import days as data_module
+from benchmarks.common.days import Batches, Days, find_days
+from examples.criteo import __main__ as program
+from examples.criteo import scan
+from examples.criteo.settings import parse
 
 
 def save(path: Path, values: NDArray[Any]) -> None:

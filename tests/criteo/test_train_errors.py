@@ -24,13 +24,13 @@ from ranks import on_ranks
 from torch.utils.tensorboard.writer import SummaryWriter
 from training import GIVEN, REPOSITORY, STEPS, arguments, assert_same, run
 
-from criteo import __main__ as program
-from criteo import ranks
-from criteo.loop import Loop
-from criteo.monitor import Monitor
-from examples import ranks as group
-from examples.checkpoint import Checkpoints, NotSaved
-from examples.ranks import gather
+from benchmarks.common import ranks as group
+from benchmarks.common.checkpoint import Checkpoints, NotSaved
+from benchmarks.common.ranks import gather
+from examples.criteo import __main__ as program
+from examples.criteo import refusal as ranks
+from examples.criteo.loop import Loop
+from examples.criteo.progress import Monitor
 
 
 @contextlib.contextmanager
@@ -153,9 +153,10 @@ def test_another_rank_with_another_error_says_so(tmp_path: Path) -> None:
 def test_the_image_has_all_that_is_imported(tmp_path: Path) -> None:
     for line in (REPOSITORY / "launch" / "Dockerfile.dockerignore").read_text().splitlines():
         if line.startswith("!"):
+            (tmp_path / line[1:]).parent.mkdir(exist_ok=True)
             (tmp_path / line[1:]).symlink_to(REPOSITORY / line[1:])
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", "import criteo.__main__"]
+    command = [sys.executable, "-c", "import examples.criteo.__main__"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -209,7 +210,7 @@ def test_no_thread_of_the_group_is_left(
 ) -> None:
     """Or the process may abort while the interpreter ends."""
     given = arguments(reference / "data", tmp_path / "out", *more)
-    ended = Program("criteo", given, ranks=2, before=before, OMP_NUM_THREADS="1")
+    ended = Program("examples.criteo", given, ranks=2, before=before, OMP_NUM_THREADS="1")
     assert ended.wait() == [code, code], ended.printed
     assert ended.out.count("threads of gloo: ") == ended.out.count("threads of gloo: 0") == 2
 

@@ -20,9 +20,9 @@ from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from training import CPU, ROWS, built, content, run, scalars
 
-from criteo import model
-from criteo.loop import Loop
-from examples.training import Figures
+from benchmarks.common.training import Figures
+from examples.criteo import model
+from examples.criteo.loop import Loop
 from torchrec_freq import row_counts, save_counts
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training import GIVEN, REPOSITORY, ROWS
 
-from criteo.config import parse
+from examples.criteo.settings import parse
 
 REFUSED = [
     ([], "No data: give data.folder, or data.synthetic"),
@@ -109,7 +109,7 @@ def test_yaml_and_flags(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smoke", "criteo"])
 def test_shipped_settings(name: str) -> None:
-    file = REPOSITORY / "criteo" / f"{name}.yaml"
+    file = REPOSITORY / "examples" / "criteo" / f"{name}.yaml"
     settings = parse(["--config", str(file), *GIVEN])
     settings.for_ranks(2)
     settings.for_ranks(8)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from training import BATCH, GIVEN, ROWS, STEPS, arguments, built, run, write
 
-from criteo.config import parse
-from criteo.start import start
+from examples.criteo.settings import parse
+from examples.criteo.start import start
 from torchrec_freq import adagrad_sums, row_counts, save_counts
 from torchrec_freq.__main__ import main as command_line
 from torchrec_freq.counts.stored_sums import open_sums

@@ -25,8 +25,8 @@ from ratings import (
     write_recbole,
 )
 
-from examples import movielens
-from examples.movielens import GENRES, LIKED, read
+from benchmarks.common import movielens
+from benchmarks.common.movielens import GENRES, LIKED, read
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BATCH = 32

@@ -25,9 +25,9 @@ from points import Point
 from ranks import run_on_ranks
 from torch.distributed.checkpoint import FileSystemWriter
 
-from examples import checkpoint
-from examples import ranks as group
-from examples.checkpoint import Checkpoints, NoCheckpoint
+from benchmarks.common import checkpoint
+from benchmarks.common import ranks as group
+from benchmarks.common.checkpoint import Checkpoints, NoCheckpoint
 from torchrec_freq import load_counts, output, row_counts, save_counts
 from torchrec_freq.counts.stored import open_stored
 

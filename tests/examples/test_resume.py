@@ -30,8 +30,9 @@ from torchrec.distributed.sharding_plan import table_wise
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from examples import checkpoint, demo
-from examples.checkpoint import MANIFEST, Checkpoints, NoCheckpoint, NotSaved
+from benchmarks.common import checkpoint
+from benchmarks.common.checkpoint import MANIFEST, Checkpoints, NoCheckpoint, NotSaved
+from examples import demo
 from torchrec_freq import FrequencySGD
 
 BATCH = 8

@@ -38,7 +38,7 @@ from programs import run
 from ranks import on_ranks
 from torch.distributed.run import parse_args as parse_torchrun
 
-from criteo.config import parse as parse_settings
+from examples.criteo.settings import parse as parse_settings
 from torchrec_freq import FrequencyConfig, _versions, planner
 from torchrec_freq import __main__ as command_line
 
@@ -231,12 +231,7 @@ def write_data() -> None:
     random = np.random.default_rng(0)
     for day in range(2):
         np.save(f"day_{day}_sparse.npy", random.integers(0, 1000, (64, 26), dtype=np.int32))
-    for name in (
-        "criteo",
-        "examples",
-        "launch",
-        ".torchxconfig",
-    ):  # of commands from the top
+    for name in ("benchmarks", "examples", "launch", ".torchxconfig"):  # of commands from the top
         Path(name).symlink_to(ROOT / name)
     Path("data").mkdir()
     ids = {name: random.integers(0, 10**9, 64).tolist() for name in ("user", "item")}

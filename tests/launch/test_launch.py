@@ -59,10 +59,11 @@ if "WAITS" in os.environ:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A folder in which `-m criteo` is the stand-in; it writes there what it was given."""
+    """A folder in which `-m examples.criteo` is the stand-in; it writes there what it was given."""
     folder = tmp_path / "stand-in"
-    folder.mkdir(parents=True)
-    (folder / "criteo.py").write_text(STAND_IN)
+    (folder / "examples").mkdir(parents=True)
+    (folder / "examples" / "__init__.py").touch()
+    (folder / "examples" / "criteo.py").write_text(STAND_IN)
     return folder
 
 
@@ -104,7 +105,7 @@ def torchrun_arguments(
 def check_torchrun(read: Namespace, *, nodes: str, ranks: str, endpoint: str, id_: str) -> None:
     assert (read.nnodes, read.nproc_per_node) == (nodes, ranks)
     assert (read.rdzv_backend, read.rdzv_endpoint, read.rdzv_id) == ("c10d", endpoint, id_)
-    assert read.module and read.training_script == "criteo"
+    assert read.module and read.training_script == "examples.criteo"
     assert read.training_script_args == TRAINING
 
 

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from examples.ranks import from_first, gather, together
+from benchmarks.common.ranks import from_first, gather, together
 from torchrec_freq.output import sync, write_text
 
 MANIFEST: Final = "checkpoint.json"

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES
 from tqdm import tqdm
 
-from criteo.data import KINDS, Days
-from criteo.ranks import together
-from examples.ranks import from_first, gather
+from benchmarks.common.days import KINDS, Days
+from benchmarks.common.ranks import from_first, gather
+from examples.criteo.refusal import together
 from torchrec_freq.output import write_text
 
 MOST_BAD: Final = 10_000_000  # rows of a rank's part; more are no accident

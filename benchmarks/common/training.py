@@ -19,7 +19,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from examples.ranks import gather
+from benchmarks.common.ranks import gather
 from torchrec_freq import FrequencySGD
 
 OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {

@@ -315,7 +315,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         SystemExit: after --help and --print_config.
     """
     parser = ArgumentParser(
-        prog="torchrun --nproc-per-node N -m criteo",
+        prog="torchrun --nproc-per-node N -m examples.criteo",
         description=DESCRIPTION,
         exit_on_error=False,
     )

@@ -9,7 +9,7 @@ from typing import Final
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from examples import ranks
+from benchmarks.common import ranks
 
 
 class Refused(ValueError):

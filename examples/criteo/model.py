@@ -21,10 +21,10 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRMTrain
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from criteo.config import Model, Optimizer, Settings
-from criteo.ranks import together
-from examples.ranks import from_first
-from examples.training import FUSED_TYPES, OPTIMIZERS, SHARDING_TYPES, Training, shard
+from benchmarks.common.ranks import from_first
+from benchmarks.common.training import FUSED_TYPES, OPTIMIZERS, SHARDING_TYPES, Training, shard
+from examples.criteo.refusal import together
+from examples.criteo.settings import Model, Optimizer, Settings
 from torchrec_freq import CountsFile, load_counts, load_row_counts
 from torchrec_freq.planner import FrequencyStats, make_planner
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
-from criteo.config import Settings
-from criteo.model import read_counts
-from criteo.ranks import together
-from examples.checkpoint import MANIFEST, read
-from examples.training import Training
+from benchmarks.common.checkpoint import MANIFEST, read
+from benchmarks.common.training import Training
+from examples.criteo.model import read_counts
+from examples.criteo.refusal import together
+from examples.criteo.settings import Settings
 from torchrec_freq import load_adagrad_sums, load_momentum, load_row_counts
 from torchrec_freq.counts.adagrad import sums_of_counts
 from torchrec_freq.counts.dcp_metadata import Checkpoint, Reader
@@ -59,7 +59,7 @@ def _load_weights(folder: Path, training: Training) -> None:
     dense: dict[str, Any] = training.dense_optimizer.state_dict()
     model = training.model.state_dict()
     try:
-        # As examples.checkpoint loads; the state of the tables' optimizer is left out.
+        # As benchmarks.common.checkpoint loads; the state of the tables' optimizer is left out.
         dcp.load(
             {"model": model, "optimizer": {"state": dense["state"]}},
             storage_reader=Reader(folder),

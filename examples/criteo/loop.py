@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from criteo.config import Settings
-from criteo.data import Batches, read_ahead
-from criteo.model import set_rates
-from criteo.monitor import Monitor
-from criteo.ranks import Refused
-from criteo.start import start
-from examples.checkpoint import Checkpoints, NotSaved
-from examples.training import Figures, Training
+from benchmarks.common.checkpoint import Checkpoints, NotSaved
+from benchmarks.common.days import Batches, read_ahead
+from benchmarks.common.training import Figures, Training
+from examples.criteo.model import set_rates
+from examples.criteo.progress import Monitor
+from examples.criteo.refusal import Refused
+from examples.criteo.settings import Settings
+from examples.criteo.start import start
 from torchrec_freq import TrainingMonitor
 
 TERMINATED = 128 + signal.SIGTERM

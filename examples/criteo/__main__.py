@@ -1,6 +1,6 @@
 """Trains TorchRec's DLRM on Criteo files or made-up ones.
 
-    torchrun --standalone --nproc-per-node 2 -m criteo --config criteo/smoke.yaml
+    torchrun --standalone --nproc-per-node 2 -m examples.criteo --config examples/criteo/smoke.yaml
 
 The same on two CPU ranks (gloo) and on many GPUs (nccl). --help lists the settings. Run again, it
 goes on from the last checkpoint, on any number of ranks; SIGTERM makes one and ends it with code
@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from criteo import planted
-from criteo.config import Settings, parse
-from criteo.data import Batches, Day, Days, find_days
-from criteo.loop import Loop
-from criteo.model import build
-from criteo.monitor import table
-from criteo.ranks import Refused, say_error, together
-from criteo.scan import Scan, scan
-from examples.checkpoint import Checkpoints, NotSaved
-from examples.ranks import gather, start_ranks
-from examples.ranks import together as agreed
-from examples.training import optimizer_bytes
+from benchmarks.common import planted
+from benchmarks.common.checkpoint import Checkpoints, NotSaved
+from benchmarks.common.days import Batches, Day, Days, find_days
+from benchmarks.common.ranks import gather, start_ranks
+from benchmarks.common.ranks import together as agreed
+from benchmarks.common.training import optimizer_bytes
+from examples.criteo.loop import Loop
+from examples.criteo.model import build
+from examples.criteo.progress import table
+from examples.criteo.refusal import Refused, say_error, together
+from examples.criteo.scan import Scan, scan
+from examples.criteo.settings import Settings, parse
 from torchrec_freq.output import check_folder, write_text
 
 

@@ -1,1 +1,0 @@
-"""Training at scale: Criteo files, many ranks, restarts. `python -m criteo --help`."""
