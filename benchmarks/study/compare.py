@@ -41,6 +41,12 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     return Difference(statistics.fmean(differences), error)
 
 
+def ratio(a: Array, b: Array) -> Array:
+    """a / b, NaN where b is 0."""
+    found: Array = np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
+    return found
+
+
 class Blocks(NamedTuple):
     """What AUC is made of, by blocks of time; see `train.wins`."""
 
@@ -52,7 +58,7 @@ class Blocks(NamedTuple):
         """[resamples] AUC where each block occurs so often; weights: [resamples, blocks]."""
         pairs = (weights @ self.ones) * (weights @ self.zeros)
         won = np.einsum("ra,ab,rb->r", weights, self.won, weights, optimize=True)
-        return np.divide(won, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+        return ratio(won, pairs)
 
 
 def blocks(result: Result, measure: str) -> Blocks | None:
@@ -104,7 +110,7 @@ def curve(result: Result) -> Array:
     found = result["measures"][STREAM]
     won = np.cumsum(np.cumsum(np.array(found["won"]) / 2, axis=0), axis=1).diagonal()
     pairs = np.cumsum(found["ones"]) * np.cumsum(found["zeros"])
-    return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
+    return ratio(won, pairs)
 
 
 def share_to_target(curve: Array, target: float) -> float | None:

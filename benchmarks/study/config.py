@@ -2,12 +2,12 @@
 
 The rules and targets were written before the runs that they judge.
 
-`prior_count`: of 3, 5, 10, 20 and 30 those pass that are nowhere more than 0.003 AUC behind row-wise
-Adagrad on the choosing settings. 10 stays unless one that passes has a mean difference there that
-is more than 0.001 higher. `admit` 2 or 3 becomes the default if it gains at least 0.0005 over 1 in
-the mean of the choosing settings, and loses more than 0.001 in none; the same rule says whether a
-`half_life` is recommended where samples come in time. MovieLens and the flights choose; the
-retailer's baskets and the planted clicks, which share no data with them, judge.
+`prior_count`: of 3, 5, 10, 20 and 30 those pass that are nowhere more than 0.003 AUC behind
+row-wise Adagrad on the choosing settings. 10 stays unless one that passes has a mean difference
+there that is more than 0.001 higher. `admit` 2 or 3 becomes the default if it gains at least 0.0005
+over 1 in the mean of the choosing settings, and loses more than 0.001 in none; the same rule says
+whether a `half_life` is recommended. MovieLens and the flights choose; the retailer's baskets and
+the planted clicks, which share no data with them, judge.
 """
 
 import functools

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.study import config, figures, verdict
 from benchmarks.study.compare import Difference, Known, figure, samples_to_target
-from benchmarks.study.config import OURS, ROWWISE, STREAM, TASKS, TUNED, Arm, Setting
+from benchmarks.study.config import OURS, ROWWISE, TASKS, TUNED, Arm, Setting
 from benchmarks.study.search import STRESS, Results, lr_at
 
 Table = list[list[str]]
@@ -179,8 +179,10 @@ def options_table(known: Known, arms: Iterable[Arm], base: Arm, names: Iterable[
     columns = list(arms)
     table = [["task", *(arm.label for arm in columns)]]
     for name in names:
-        setting = known.all.get(name)
-        for measure in setting.measures if setting in known.settings and setting else ():
+        setting = known.all[name]
+        if setting not in known.settings:
+            continue
+        for measure in setting.measures:
             gains = [known.gain(setting, measure, arm, base) for arm in columns]
             if any(gain is not None for gain in gains):
                 table.append([f"{name}: {measure}", *map(text, gains)])

@@ -92,10 +92,10 @@ class Tables(nn.Module):
         """float32 [samples, features, COLUMNS] rows of int64 [samples, features] ids."""
         ids_L = ids_BF.T.flatten()
         offsets = torch.arange(len(ids_L) + 1, device=ids_L.device)
-        output: Tensor = self.tbe(ids_L, offsets)
-        if self.totals is not None and output.grad_fn is not None:
-            self.totals.watch(output.grad_fn, ids_BF)
-        return output.unflatten(1, (-1, COLUMNS))
+        output_BX: Tensor = self.tbe(ids_L, offsets)
+        if self.totals is not None and output_BX.grad_fn is not None:
+            self.totals.watch(output_BX.grad_fn, ids_BF)
+        return output_BX.view(len(ids_BF), -1, COLUMNS)
 
 
 class Totals:

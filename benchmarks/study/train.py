@@ -1,20 +1,18 @@
 """One run: a model over the tables of an arm, trained once, and the figures of its predictions."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchrec.modules.crossnet import LowRankCrossNet
 
 from benchmarks.common.samples import Array
 from benchmarks.study.config import AFTER, FIRST_EPOCH, SECOND_EPOCH, STREAM
 from benchmarks.study.data import Data, find
+from benchmarks.study.model import Model, initial_weights
 from benchmarks.study.search import Result, Run
-from benchmarks.study.tables import COLUMNS, DEVICE, Tables
+from benchmarks.study.tables import DEVICE, Tables
 
 DENSE_LR: Final = 1e-3
 EVALUATION_BATCH: Final = 4096  # samples
@@ -23,100 +21,13 @@ AFTER_BLOCKS: Final = 20
 DECILES: Final = 10
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Layers with ReLU between them; the last one is linear."""
-    pairs = zip(sizes, sizes[1:], strict=False)
-    layers = [layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
-class Model(nn.Module):
-    """A model over dense features [B, K] and the features' embeddings [B, F, COLUMNS]."""
-
-    def __init__(self, dense: int, features: int) -> None:
-        super().__init__()
-        self.vectors = features + 1
-        self.bottom = nn.Sequential(mlp(dense, 32, COLUMNS), nn.ReLU())
-        pairs = torch.tril_indices(self.vectors, self.vectors, -1)
-        self.register_buffer("pairs", pairs[0] * self.vectors + pairs[1])
-        self.build()
-
-    def build(self) -> None:
-        """DLRM: the dot products of all pairs of vectors, and the dense features' vector."""
-        self.top = mlp(COLUMNS + len(self.pairs), 64, 32, 1)
-
-    def forward(self, dense_BK: Tensor, embedded_BFD: Tensor) -> Tensor:
-        vector_BD = self.bottom(dense_BK)
-        vectors_BVD = torch.cat([vector_BD.unsqueeze(1), embedded_BFD], dim=1)
-        logits: Tensor = self.predict(vector_BD, vectors_BVD)
-        return logits
-
-    def predict(self, vector_BD: Tensor, vectors_BVD: Tensor) -> Tensor:
-        products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
-        products_BP = products_BVV.flatten(1).index_select(1, self.pairs)
-        return self.top(torch.cat([vector_BD, products_BP], dim=1)).squeeze(1)
-
-
-def factorize(vectors_BVD: Tensor) -> Tensor:
-    """[B] sum of the dot products of all pairs of vectors."""
-    return (vectors_BVD.sum(1).square() - vectors_BVD.square().sum(1)).sum(1) / 2
-
-
-class FM(Model):
-    """Factorization machine; the constant part of the dense image gives the linear terms."""
-
-    def build(self) -> None:
-        self.bottom = nn.Linear(self.bottom[0][0].in_features, COLUMNS)
-        self.bias = nn.Parameter(torch.zeros(()))
-
-    def predict(self, vector_BD: Tensor, vectors_BVD: Tensor) -> Tensor:
-        return factorize(vectors_BVD) + self.bias
-
-
-class DeepFM(Model):
-    def build(self) -> None:
-        self.top = mlp(COLUMNS * self.vectors, 64, 32, 1)
-
-    def predict(self, vector_BD: Tensor, vectors_BVD: Tensor) -> Tensor:
-        return factorize(vectors_BVD) + self.top(vectors_BVD.flatten(1)).squeeze(1)
-
-
-class DCN(Model):
-    """Three cross layers of rank 32, then an MLP."""
-
-    def build(self) -> None:
-        self.cross = LowRankCrossNet(COLUMNS * self.vectors, num_layers=3, low_rank=32)
-        self.top = mlp(COLUMNS * self.vectors, 64, 32, 1)
-
-    def predict(self, vector_BD: Tensor, vectors_BVD: Tensor) -> Tensor:
-        return self.top(self.cross(vectors_BVD.flatten(1))).squeeze(1)
-
-
-MODELS: Final[dict[str, Callable[[int, int], Model]]] = {
-    "DLRM": Model,
-    "FM": FM,
-    "DeepFM": DeepFM,
-    "DCN": DCN,
-}
-
-
-def initial_weights(model: str, rows: list[int]) -> Tensor:
-    """float32 [all rows, COLUMNS]: TorchRec's, uniform to 1 / sqrt(rows); an FM wants less."""
-    weights = torch.empty(sum(rows), COLUMNS)
-    if model == "FM":
-        return weights.normal_(std=0.01)
-    for part in weights.split(rows):
-        part.uniform_(-(len(part) ** -0.5), len(part) ** -0.5)
-    return weights
-
-
 class Training:
     """A model and its tables, with the same initial weights for every arm and lr."""
 
     def __init__(self, run: Run, data: Data) -> None:
         torch.manual_seed(run.seed)
         rows = list(data.samples.tables.values())
-        self.model = MODELS[run.model](data.samples.dense.shape[1], len(rows)).to(DEVICE)
+        self.model = Model(run.model, data.samples.dense.shape[1], len(rows)).to(DEVICE)
         weights = initial_weights(run.model, rows)
         variant = run.variant
         self.tables = Tables(rows, weights, variant.optimizer, run.lr, dict(variant.options))
