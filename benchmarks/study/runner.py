@@ -18,7 +18,7 @@ from benchmarks.study.search import STRESS, Result, Results, Run, Sweep
 from benchmarks.study.tables import CUDA, ONLY_CUDA
 from benchmarks.study.train import train
 
-TYPICAL: Final = 8  # lr that a search tries: what the time left is told by before it is known
+TRIED: Final = 5  # lr by half decades, about: what the time left is told by before it is known
 
 
 def run_all(settings: Sequence[Setting], results: Results, folder: Path, workers: int) -> None:
@@ -81,8 +81,8 @@ class _Part:
             return known
         setting, arm = self.sweep.setting, self.sweep.arm
         judged = 1 + len(STRESS) * (setting.stressed and arm.stressed)
-        guess = TYPICAL * len(arm.variants) * self._search + judged * self._whole
-        return max(known, setting.seeds * guess - self.done)
+        search = (TRIED * len(arm.variants) + TRIED // 2) * setting.search_seeds * self._search
+        return max(known, search + judged * setting.seeds * self._whole - self.done)
 
 
 def _parts(setting: Setting, folder: Path, results: Results) -> list[_Part]:
