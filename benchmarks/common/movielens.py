@@ -2,10 +2,6 @@
 
 import itertools
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +11,8 @@ import torch
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from benchmarks.common.packages import download
 
 # RecBole ships MovieLens-100K inside its wheel, so the package index is all that a first run needs.
 WHEEL = "recbole==1.2.1"
@@ -68,23 +66,7 @@ class MovieLens:
 
 
 def fetch(folder: Path) -> None:
-    """Puts MovieLens-100K into `folder` unless it exists; a run that is cut off leaves none."""
-    if folder.exists():
-        return
-    print(f"Fetching MovieLens-100K (from the wheel of {WHEEL}) into {folder} ...", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        pip += ["--only-binary", ":all:", "--dest", temporary, WHEEL]
-        if subprocess.run(pip).returncode != 0:
-            raise RuntimeError(
-                f"pip could not download {WHEEL}, which holds MovieLens-100K. Check the package "
-                "index, or name a MovieLens-100K or -1M folder with --data."
-            )
-        (wheel,) = Path(temporary).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(temporary, [WHEEL_FOLDER + name for name in WHEEL_FILES])
-        (Path(temporary) / WHEEL_FOLDER).rename(folder)
+    download(WHEEL, [WHEEL_FOLDER + name for name in WHEEL_FILES], folder)
 
 
 def read(folder: Path, limit: int | None = None) -> MovieLens:

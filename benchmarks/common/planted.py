@@ -16,7 +16,7 @@ class Task:
     """How the clicks come about.
 
     The logit of a sample is a sum over its ids of a planted weight, plus the planted vectors' dot
-    products over all pairs of ids, plus a little of the dense features, plus the day's constant.
+    products over all pairs of ids, plus a little of the dense features, plus a constant of the day.
 
     Attributes:
         days: files; the last one is held out.
@@ -25,8 +25,6 @@ class Task:
         rows: of the smallest and the largest table; the others lie between, evenly in the log.
         zipf: the id of rank r (1, 2, ...) has a probability proportional to r ** -zipf.
         clicks: share of the samples whose label is 1.
-        popularity_drift: share of its table by which each id's rank moves from day to day.
-        vector_drift: share of the planted values' variance that is drawn anew each day.
     """
 
     days: int = 4
@@ -35,22 +33,6 @@ class Task:
     rows: tuple[int, int] = (10, 10_000)
     zipf: float = 1.1
     clicks: float = 0.25
-    popularity_drift: float = 0.0
-    vector_drift: float = 0.0
-
-    @property
-    def drifts(self) -> bool:
-        """Whether the order of the samples means something."""
-        return self.popularity_drift > 0 or self.vector_drift > 0
-
-
-TASKS = {
-    "clicks-25": Task(),
-    "clicks-4": Task(held_out=60_000, clicks=0.04),
-    "clicks-3-large": Task(4, 300_000, 200_000, (10, 300_000), zipf=1.05, clicks=0.03),
-    "popularity-drift": Task(13, 10_000, 40_000, popularity_drift=0.03),
-    "full-drift": Task(13, 10_000, 40_000, popularity_drift=0.03, vector_drift=0.1),
-}
 
 
 def generate(task: Task, folder: Path) -> None:
@@ -80,14 +62,10 @@ def _write(task: Task, folder: Path) -> None:
         for table, count in enumerate(rows):
             popularity = np.arange(1, count + 1) ** -task.zipf
             ranks = random.choice(count, samples, p=popularity / popularity.sum())
-            moved = round(day * task.popularity_drift * count)
-            sparse[:, table] = id_of_rank[table][(ranks + moved) % count]
+            sparse[:, table] = id_of_rank[table][ranks]
             own = weights[table][sparse[:, table]]
             values += own
             squares += np.square(own[:, 1:]).sum(axis=1)
-            fresh = random.normal(size=weights[table].shape)
-            keep = np.sqrt(1 - task.vector_drift)
-            weights[table] = keep * weights[table] + np.sqrt(task.vector_drift) * fresh
         dense = random.normal(size=(samples, INT_FEATURE_COUNT)).astype(np.float32)
         pairs = (np.square(values[:, 1:]).sum(axis=1) - squares) / 2
         parts = [values[:, 0], pairs, dense @ dense_weights]

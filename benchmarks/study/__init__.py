@@ -1,1 +1,1 @@
-"""Does FrequencySGD learn as well as other optimizers? `python -m benchmarks.study --help`."""
+"""The study: FrequencySGD beside other optimizers, on public data or on a file of yours."""

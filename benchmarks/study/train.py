@@ -1,193 +1,169 @@
-"""One run: a sharded model, an optimizer of its tables, and the figures along the way."""
+"""One run: a model over the tables of an arm, trained once, and the figures of its predictions."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics.functional.classification import binary_auroc
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
-from torchrec.datasets.utils import Batch
-from torchrec.models.deepfm import SimpleDeepFMNN
-from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.optim.optimizers import Adam
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from benchmarks.common.training import OPTIMIZERS, Training, shard_alike
-from benchmarks.study import ablation
-from benchmarks.study.config import AFTER, CLIPPED, ROWWISE, STREAM, Run
-from benchmarks.study.data import Dataset, load
-from torchrec_freq import load_row_counts
+from benchmarks.common.samples import Array
+from benchmarks.study.config import AFTER, FIRST_EPOCH, SECOND_EPOCH, STREAM
+from benchmarks.study.data import Data, find
+from benchmarks.study.model import Model, initial_weights
+from benchmarks.study.search import Result, Run
+from benchmarks.study.tables import DEVICE, Tables
 
-ARMS = {
-    **OPTIMIZERS,
-    "ClippedRowWiseAdagrad": RowWiseAdagrad,  # and what `ablation` does to its sums
-    "Adam": Adam,  # FBGEMM has it on CUDA only
-}
-EMBEDDING_DIM = 16
-FIRST = 5  # lr is chosen on this first part of the stream, a fifth; the rest is judged
-PARTS = 10  # points of the curve along the stream
-
-Predicted = Sequence[tuple[Tensor, Tensor]]
-"""One entry a step: logits and labels of its batch, each [samples], before the step's update."""
+DENSE_LR: Final = 1e-3
+EVALUATION_BATCH: Final = 4096  # samples
+STREAM_BLOCKS: Final = 50  # equal parts of a stream, of which the first 20 choose lr
+AFTER_BLOCKS: Final = 20
+DECILES: Final = 10
 
 
-class FM(nn.Module):
-    """Factorization machine over the embeddings and a linear image of the dense features.
+class Training:
+    """A model and its tables, with the same initial weights for every arm and lr."""
 
-    The image's constant part gives the linear terms. TorchRec's own `FactorizationMachine` sums the
-    columns before it squares, which is another model.
-    """
+    def __init__(self, run: Run, data: Data) -> None:
+        torch.manual_seed(run.seed)
+        rows = list(data.samples.tables.values())
+        self.model = Model(run.model, data.samples.dense.shape[1], len(rows)).to(DEVICE)
+        weights = initial_weights(run.model, rows)
+        variant = run.variant
+        self.tables = Tables(rows, weights, variant.optimizer, run.lr, dict(variant.options))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=DENSE_LR)
+        self.data = data
 
-    def __init__(self, tables: EmbeddingBagCollection, dense: int) -> None:
-        super().__init__()
-        self.embeddings = tables
-        self.dense = nn.Linear(dense, EMBEDDING_DIM)
-        self.bias = nn.Parameter(torch.zeros(()))
-        for table in tables.parameters():
-            nn.init.normal_(table, std=0.01)  # TorchRec's 1 / sqrt(rows) is large for small tables
+    def train(self, numbers: Array, batch_size: int) -> Array | None:
+        """One pass; float32 [numbers] logits of before each step, None where a loss diverges."""
+        logits = []
+        for dense, ids, labels in self.data.batches(numbers, batch_size):
+            logits_B = self.model(dense.to(DEVICE), self.tables(ids.to(DEVICE)))
+            loss = binary_cross_entropy_with_logits(logits_B, labels.to(DEVICE))
+            if not loss.isfinite():
+                return None
+            self.optimizer.zero_grad()
+            loss.backward()  # updates the tables, too
+            self.optimizer.step()
+            logits.append(logits_B.detach().cpu())
+        return torch.cat(logits).numpy()
 
-    def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
-        pooled = self.embeddings(sparse).values().unflatten(1, (-1, EMBEDDING_DIM))
-        vectors = torch.cat([self.dense(dense).unsqueeze(1), pooled], dim=1)
-        pairs = (vectors.sum(dim=1).square() - vectors.square().sum(dim=1)).sum(dim=1) / 2
-        logits: Tensor = pairs + self.bias
-        return logits
-
-
-def deepfm(tables: EmbeddingBagCollection, dense: int) -> nn.Module:
-    model: nn.Module = SimpleDeepFMNN(dense, tables, hidden_layer_size=32, deep_fm_dimension=32)
-    # In place of the sigmoid: logits, as of the others.
-    model.get_submodule("over_arch.model").register_module("1", nn.Identity())
-    return model
-
-
-MODELS: dict[str, Callable[[EmbeddingBagCollection, int], nn.Module]] = {
-    "FM": FM,
-    "DeepFM": deepfm,
-    "DLRM": lambda tables, dense: DLRM(tables, dense, [32, EMBEDDING_DIM], [64, 32, 1]),
-}
-
-
-def build(run: Run, data: Dataset) -> Training:
-    """The model of a run: sharded on one rank, the same weights for every arm and lr."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(run.seed)
-    tables = [
-        EmbeddingBagConfig(rows, EMBEDDING_DIM, name=f"t_{feature}", feature_names=[feature])
-        for feature, rows in data.tables.items()
-    ]
-    collection = EmbeddingBagCollection(tables)
-    module = DLRMTrain(MODELS[run.model](collection, data.dense))
-    options, lr = dict(run.arm.options), run.lr
-    if run.arm == CLIPPED:
-        lr = ablation.kernel_lr(lr, options.pop("own_weight"))
-    apply_optimizer_in_backward(
-        ARMS[run.arm.optimizer], collection.parameters(), {"lr": lr, **options}
-    )
-
-    training = shard_alike(module, tables, device)
-    if options.get("count") == "frozen":
-        counts = {f"t_{name}": count for name, count in data.counts().items()}
-        load_row_counts(training.model, counts)
-    if run.arm == CLIPPED:
-        ablation.keep_sums(training.model, **run.arm.options)
-    return training
+    @torch.no_grad()
+    def predict(self, numbers: Array) -> Array:
+        """float32 [numbers] logits."""
+        logits = [
+            self.model(dense.to(DEVICE), self.tables(ids.to(DEVICE))).cpu()
+            for dense, ids, _ in self.data.batches(numbers, EVALUATION_BATCH)
+        ]
+        return torch.cat(logits).numpy()
 
 
-def train(run: Run, folder: Path) -> dict[str, Any]:
+def train(run: Run, folder: Path) -> Result:
     """Trains, and returns the run's line of the results file.
 
-    Its "measures" have, for each measure of the experiment, the AUC by which lr is chosen ("by")
-    and the figures that are judged. Where a loss is no number the run ends, and measures after that
-    are missing. A stream's "curve" is AUC by steps.
+    "by" is the AUC by which lr is chosen. A whole run has "measures", too: the figures of both
+    measures of its setting. Where a loss is no number the run ends, and what follows is missing.
     """
-    data = load(run.data, folder)
-    training = build(run, data)
-    result = run.key() | (_stream if data.in_time else _epochs)(run, data, training)
-    if run.arm == ROWWISE:
-        result["squares"] = _squares_by_count(training, data)
+    data = find(run.setting, folder)
+    training = Training(run, data)
+    result = run.key() | {"by": None, "measures": {}}
+    return (_epochs if run.setting.shuffled else _stream)(run, data, training, result)
+
+
+def _stream(run: Run, data: Data, training: Training, result: Result) -> Result:
+    numbers = data.train if run.whole else data.train[: data.first]
+    logits = training.train(numbers, run.setting.batch_size)
+    if logits is None:
+        return result
+    labels = data.samples.labels[numbers]
+    first = slice(data.first // 2, data.first)
+    result["by"] = auc(logits[first], labels[first])
+    if run.whole:
+        rarest = data.rarest(numbers)
+        result["measures"][STREAM] = figures(logits, labels, rarest, STREAM_BLOCKS, data.first)
+        result["measures"][AFTER] = _judge(data, training)
     return result
 
 
-def _stream(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
-    """Predict-then-train over the stream, then the samples after it."""
-    predicted = []
-    for batch in data.train(run.batch_size, run.seed):
-        step = _step(training, batch)
-        if step is None:
-            return {"measures": {}}
-        predicted.append(step)
-    figures = stream_figures(predicted)
-    after = {"by": figures["by"], **_evaluate(training, data, "valid", "test")}
-    return {"measures": {STREAM: figures, AFTER: after}, "curve": stream_curve(predicted)}
+def _epochs(run: Run, data: Data, training: Training, result: Result) -> Result:
+    for epoch, measure in enumerate((FIRST_EPOCH, SECOND_EPOCH)[: 1 + run.whole]):
+        order = np.random.default_rng([run.seed, epoch]).permutation(data.train)
+        if training.train(order, run.setting.batch_size) is None:
+            return result
+        if measure == FIRST_EPOCH:
+            logits = training.predict(data.valid)
+            result["by"] = auc(logits, data.samples.labels[data.valid])
+        if run.whole:
+            result["measures"][measure] = _judge(data, training)
+    return result
 
 
-def _epochs(run: Run, data: Dataset, training: Training) -> dict[str, Any]:
-    """Shuffled epochs: lr is chosen on the validation split, the test split is judged."""
-    measures: dict[str, dict[str, float]] = {}
-    for epoch in range(run.epochs):
-        for batch in data.train(run.batch_size, 1000 * run.seed + epoch):
-            if _step(training, batch) is None:
-                return {"measures": measures}
-        chosen_by = {"by": _evaluate(training, data, "valid")["auc"]}
-        measures[f"epoch {epoch + 1}"] = chosen_by | _evaluate(training, data, "test")
-    return {"measures": measures}
+def _judge(data: Data, training: Training) -> dict[str, Any]:
+    logits, labels = training.predict(data.after), data.samples.labels[data.after]
+    return figures(logits, labels, data.rarest(data.after), AFTER_BLOCKS)
 
 
-def stream_figures(steps: Predicted) -> dict[str, float]:
-    """AUC over the first fifth of the steps ("by"), AUC and log loss over the others."""
-    first = max(1, round(len(steps) / FIRST))
-    loss = binary_cross_entropy_with_logits(*_join(steps[first:]))
-    rest = {"auc": _auc(steps[first:]), "log_loss": round(float(loss), 6)}
-    return {"by": _auc(steps[:first]), **rest}
+def figures(
+    logits: Array, labels: Array, rarest: Array, blocks: int, first: int = 0
+) -> dict[str, Any]:
+    """Figures of predictions in the order of time.
+
+    Args:
+        rarest: occurrences of the rarest id of each sample.
+        first: the number of the first sample that is judged.
+
+    Returns:
+        "auc"; "ne", normalized entropy: log loss over that of the base rate; "deciles" by `rarest`:
+        a line [least, greatest, samples, AUC or None, log loss] each. By blocks of all samples
+        "won", see `wins`, "ones" and "zeros"; "first_block" of those that are judged.
+    """
+    block = np.arange(len(logits)) * blocks // len(logits)
+    won = wins(logits, labels, block, blocks)
+    scores, truth, rarest = logits[first:], labels[first:], rarest[first:]
+    signs = np.where(truth, -scores, scores).astype(np.float64)
+    losses = np.logaddexp(0, signs)
+    rate = truth.mean()
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    edges = np.unique(np.quantile(rarest, np.arange(1, DECILES) / DECILES))
+    part = np.searchsorted(edges, rarest, side="left")
+    deciles = []
+    for number in np.unique(part):
+        mine = part == number
+        bounds = [int(rarest[mine].min()), int(rarest[mine].max()), int(mine.sum())]
+        deciles.append([*bounds, auc(scores[mine], truth[mine]), float(losses[mine].mean())])
+    return {
+        "auc": auc(scores, truth),
+        "ne": float(losses.mean() / entropy),
+        # Halves become whole numbers, which are shorter as text.
+        "won": (2 * won).astype(np.int64).tolist(),
+        "ones": np.bincount(block, weights=labels, minlength=blocks).astype(int).tolist(),
+        "zeros": np.bincount(block, weights=1.0 - labels, minlength=blocks).astype(int).tolist(),
+        "first_block": int(block[first - 1]) + 1 if first else 0,
+        "deciles": deciles,
+    }
 
 
-def stream_curve(steps: Predicted) -> list[tuple[int, float]]:
-    """(steps so far, AUC over the last of `PARTS` equal parts), along the stream."""
-    ends = [len(steps) * part // PARTS for part in range(PARTS + 1)]
-    return [(b, _auc(steps[a:b])) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+def wins(scores: Array, labels: Array, block: Array, blocks: int) -> Array:
+    """Pairs of a sample with label 1 in block a and one with label 0 in block b, [blocks, blocks],
+    of which the first has the higher score; equal scores are half a pair."""
+    ones = labels.astype(bool)
+    zeros = np.sort(scores[~ones])
+    below = np.searchsorted(zeros, scores[ones], side="left")
+    not_above = np.searchsorted(zeros, scores[ones], side="right")
+    of_zero = block[~ones][np.argsort(scores[~ones], kind="stable")]
+    of_one = block[ones]
+    won = np.empty((blocks, blocks))
+    for b in range(blocks):
+        so_far = np.concatenate([[0], np.cumsum(of_zero == b)])
+        pairs = (so_far[below] + so_far[not_above]) / 2
+        won[:, b] = np.bincount(of_one, weights=pairs, minlength=blocks)
+    return won
 
 
-def _auc(steps: Predicted) -> float:
-    logits, labels = _join(steps)
-    return round(float(binary_auroc(logits, labels.int())), 6)
-
-
-def _join(steps: Predicted) -> tuple[Tensor, Tensor]:
-    logits, labels = zip(*steps, strict=True)
-    return torch.cat(logits), torch.cat(labels).float()
-
-
-def _step(training: Training, batch: Batch) -> tuple[Tensor, Tensor] | None:
-    """One step; logits and labels of the batch before it, None where the loss is no number."""
-    loss, (_, logits, labels) = training.step(batch.to(training.model.device))
-    return (logits.cpu(), labels.cpu()) if loss.isfinite() else None
-
-
-def _evaluate(training: Training, data: Dataset, *splits: str) -> dict[str, float]:
-    device = training.model.device
-    batches = [(batch.to(device), rare.to(device)) for batch, rare in data.held_out(*splits)]
-    return {name: round(value, 6) for name, value in training.evaluate(batches).items()}
-
-
-def _squares_by_count(training: Training, data: Dataset) -> list[list[float]]:
-    """What row-wise Adagrad has summed up for rows of the largest table, by powers of two of their
-    count in an epoch: a line each of the mean count, the 10th, 50th and 90th percentile of the
-    sums, and the table's sum times the row's share of the occurrences, as FrequencySGD predicts."""
-    name, counts = max(data.counts().items(), key=lambda item: len(item[1]))
-    states = training.model.fused_optimizer.state_dict()["state"].values()
-    momenta = {key: value for state in states for key, value in state.items()}
-    sums = momenta[f"t_{name}.momentum1"].local_shards()[0].tensor.cpu().numpy()
-    lines = []
-    for power in range(int(counts.max()).bit_length()):
-        rows = (counts.numpy() >> power) == 1
-        if rows.any():
-            mean = float(counts.numpy()[rows].mean())
-            predicted = float(sums.sum()) * mean / int(counts.sum())
-            lines.append([mean, *np.percentile(sums[rows], (10, 50, 90)).tolist(), predicted])
-    return lines
+def auc(scores: Array, labels: Array) -> float | None:
+    """Area under the ROC curve; None where one of the labels is missing."""
+    ones = int(labels.sum(dtype=np.int64))
+    if not 0 < ones < len(labels):
+        return None
+    won = wins(scores, labels, np.zeros(len(labels), dtype=np.int64), 1)
+    return float(won[0, 0] / (ones * (len(labels) - ones)))

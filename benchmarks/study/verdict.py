@@ -1,122 +1,180 @@
-"""The rules that settle the defaults, and the targets.
+"""The targets, and the rules that settle the defaults; both were written before the runs."""
 
-The rule of own_weight and the targets were set before any run. Prototype runs then shaped the tasks
-(the streams have no feature of the time of a rating, the factorization machine starts from small
-weights), and what fails a rule was not tried on the rest of its tasks. From the rule of half_life
-some tasks, and half-lives of 25 and 100 steps, were dropped for time when runs had begun.
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
-own_weight: the largest of 1, 2, 3, 5, 10 whose mean AUC over the seeds is nowhere more than 0.001
-below that of 1 in predict-then-train on MovieLens-100K in the order of time (FM and DLRM, batch 256
-and 1024, all features, and users and items alone) and after the first epoch of the shuffled FM
-(batch 256, 1024, 4096). Nothing else has a say: planted clicks, drifts, samples after the stream,
-later epochs and the other shuffled models judge the choice.
+from benchmarks.study.compare import Difference, Known, samples_to_target
+from benchmarks.study.config import (
+    ADMISSIONS,
+    AFTER,
+    CHOOSING,
+    HALVINGS,
+    OURS,
+    PRIORS,
+    ROWWISE,
+    SECOND_EPOCH,
+    STREAM,
+    TUNED,
+    Arm,
+)
 
-half_life: a number of steps that gains at least two standard errors in predict-then-train on both
-drifts, and whose mean AUC is nowhere more than 0.0005 below that of none where nothing drifts:
-after each epoch of the shuffled FM, and in predict-then-train of the FM on MovieLens-100K in the
-order of time, both at batch 256. Of several, the one that gains most on the drifts; if there is
-none, no half-life is recommended.
-"""
+PRIOR_BEHIND: Final = 0.003  # a prior_count may be so far behind row-wise Adagrad
+PRIOR_AHEAD: Final = 0.001  # another than 10 must be ahead of it by more than this
+OPTION_GAINS, OPTION_COSTS = 0.0005, 0.001  # what admit and half_life must gain, and may cost
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 
-from benchmarks.study.compare import Arms, Difference, Settings, gain
-from benchmarks.study.config import FREQUENCY, HALF_LIVES, OWN_WEIGHT, OWN_WEIGHTS, weighted
-from benchmarks.study.sweep import STRESS
+class Case(NamedTuple):
+    where: str
+    found: Difference
 
-OWN_WEIGHT_MAY_COST = 0.001
-HALF_LIFE_MAY_COST = 0.0005
-HALF_LIFE_GAINS = 2  # standard errors
-# Expressions that cases are chosen by, each with the number of cases that make it complete.
-CHOOSE_OWN_WEIGHT = "ml-100k-time.*predict|^FM, ml-100k, .*epoch 1", 11
-DRIFTING = "-drift.*predict", 2
-STEADY = "^FM, ml-100k, batch 256|^FM, ml-100k-time, batch 256, predict", 4
 
-Cases = Mapping[str, Difference]
-"""Setting and measure -> a difference there."""
+class Target(NamedTuple):
+    """A difference that must be at least, or a share that must be at most, so much."""
+
+    text: str
+    met: bool
+    worst: str
+    where: str
 
 
 def cases(
-    settings: Settings, chosen: str, difference: Callable[[Arms, str], Difference | None]
-) -> Cases:
-    """The differences of all settings and measures that the regular expression finds."""
-    found = {
-        f"{name}, {measure}": difference(arms, measure)
-        for name, arms in settings.items()
-        for measure in next(iter(arms.values())).best
-        if re.search(chosen, f"{name}, {measure}")
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    known: Known,
+    tasks: str | Sequence[str] = "",
+    measures: Iterable[str] = (),
+    ours: Arm = OURS,
+    theirs: Arm = ROWWISE,
+) -> list[Case]:
+    """What an arm gains in the settings whose names begin so.
+
+    Args:
+        measures: none: both of a setting.
+    """
+    found = []
+    for setting in known.settings:
+        for measure in measures or setting.measures:
+            if setting.name.startswith(tasks if isinstance(tasks, str) else tuple(tasks)):
+                gain = known.gain(setting, measure, ours, theirs)
+                if gain is not None and measure in setting.measures:
+                    found.append(Case(f"{setting.name}: {measure}", gain))
+    return found
 
 
-def own_weight_cases(settings: Settings) -> dict[int, Cases]:
-    """What each candidate gains over own_weight 1 where the rule looks."""
-    arms = {weight: weighted(weight).label for weight in OWN_WEIGHTS}
-    return {
-        weight: cases(settings, CHOOSE_OWN_WEIGHT[0], partial(gain, label=arm, over=arms[1]))
-        for weight, arm in arms.items()
-    }
+def cases_at(known: Known, steps: int, *, same: bool) -> list[Case]:
+    """What is gained in each setting's first measure at another lr, see `Known.gain_at`."""
+    found = []
+    for setting in known.settings:
+        gain = known.gain_at(setting, setting.measures[0], steps, same=same)
+        if gain is not None:
+            found.append(Case(f"{setting.name}: {setting.measures[0]}", gain))
+    return found
 
 
-def settle_own_weight(settings: Settings) -> int | None:
-    """The rule's choice; None while a candidate has neither failed nor passed everywhere."""
-    passed = {
-        weight: len(found)
-        for weight, found in own_weight_cases(settings).items()
-        if all(case.mean >= -OWN_WEIGHT_MAY_COST for case in found.values())
-    }
-    return max(passed) if set(passed.values()) == {CHOOSE_OWN_WEIGHT[1]} else None
+def targets(known: Known) -> list[Target]:
+    """Each target of which there is a case, with the worst one."""
+    beside_tuned = cases(known, theirs=TUNED)
+    at_theirs = [case for steps in (-2, 0, 2, 4) for case in cases_at(known, steps, same=True)]
+    beyond = [case for steps in (2, 4) for case in cases_at(known, steps, same=True)]
+    wanted = (
+        (
+            "coupons, DLRM, batch 256 and 1024: ahead by 0.007",
+            0.007,
+            cases(known, ("coupons, DLRM, batch 256", "coupons, DLRM, batch 1024")),
+        ),
+        ("coupons, FM: ahead by 0.009", 0.009, cases(known, "coupons, FM")),
+        ("coupons, batch 8192: ahead by 0.003", 0.003, cases(known, "coupons, DLRM, batch 8192")),
+        ("discounts: ahead by 0.0015", 0.0015, cases(known, "discounts")),
+        ("flights: ahead by 0.002", 0.002, cases(known, "flights")),
+        ("ratings shuffled: at most 0.0005 behind", -0.0005, cases(known, "ratings shuffled")),
+        (
+            "ratings shuffled, second epoch: ahead",
+            0.0,
+            cases(known, "ratings shuffled", [SECOND_EPOCH]),
+        ),
+        (
+            "ratings in time, predict-then-train: not behind",
+            0.0,
+            cases(known, "ratings in time", [STREAM]),
+        ),
+        (
+            "ratings in time, after: at most 0.003 behind",
+            -0.003,
+            cases(known, "ratings in time", [AFTER]),
+        ),
+        ("planted clicks: ahead by 0.008", 0.008, cases(known, "planted")),
+        ("everywhere: at most 0.003 behind", -0.003, cases(known)),
+        ("the same at row-wise Adagrad's best lr", -0.003, cases_at(known, 0, same=True)),
+        ("at a third of, 1, 3 and 10 times that lr: at most 0.001 behind", -0.001, at_theirs),
+        ("at 3 and 10 times that lr: ahead", 0.0, beyond),
+        ("beside row-wise Adagrad with eps tuned: at most 0.003 behind", -0.003, beside_tuned),
+    )
+    found = []
+    for text, least, those in wanted:
+        if those:
+            worst = min(those, key=lambda case: case.found.mean)
+            found.append(Target(text, worst.found.mean >= least, str(worst.found), worst.where))
+    if beside_tuned:
+        mean = statistics.fmean(case.found.mean for case in beside_tuned)
+        text = "beside row-wise Adagrad with eps tuned: mean difference at least 0"
+        found.append(Target(text, mean >= 0, f"{mean:+.4f}", "mean of all"))
+    shares = coupon_shares(known)
+    if shares:
+        where, share = max(shares.items(), key=lambda item: item[1])
+        text = "coupons, samples to row-wise Adagrad's last AUC: at most 88 %"
+        found.append(Target(text, share <= 0.88, f"{share:.0%}", where))
+    return found
 
 
-def half_life_cases(settings: Settings, chosen: str) -> dict[int, Cases]:
-    """What each half-life gains over none."""
-    arms = {steps: weighted(OWN_WEIGHT, half_life=steps).label for steps in HALF_LIVES}
-    return {
-        steps: cases(settings, chosen, partial(gain, label=arm, over=FREQUENCY.label))
-        for steps, arm in arms.items()
-    }
+def coupon_shares(known: Known) -> dict[str, float]:
+    """Share of the samples in each setting of the coupons; more than 1 where never."""
+    found = {}
+    for setting in known.settings:
+        if setting.task == "coupons" and (ours := known.runs(setting, OURS)):
+            share = samples_to_target(ours, known.runs(setting, ROWWISE))
+            found[setting.name] = float("inf") if share is None else share
+    return found
 
 
-def settle_half_life(settings: Settings) -> str:
-    """The rule's choice, in words."""
-    gains = {}
-    drifting, steady = (half_life_cases(settings, rule[0]) for rule in (DRIFTING, STEADY))
-    for steps in HALF_LIVES:
-        drifts, others = drifting[steps].values(), steady[steps].values()
-        if len(drifts) < DRIFTING[1]:
-            return "nothing yet"
-        if all(case.mean >= HALF_LIFE_GAINS * case.error for case in drifts):
-            if len(others) < STEADY[1]:
-                return "nothing yet"
-            if min(case.mean for case in others) >= -HALF_LIFE_MAY_COST:
-                gains[steps] = sum(case.mean for case in drifts)
-    return f"{max(gains, key=lambda steps: gains[steps])} steps" if gains else "none"
+def over(known: Known, arm: Arm, tasks: Sequence[str], base: Arm) -> list[Difference]:
+    return [case.found for case in cases(known, tasks, ours=arm, theirs=base)]
 
 
-@dataclass(frozen=True)
-class Target:
-    """A difference that must be at least `least` in each case that `chosen` finds."""
-
-    text: str
-    least: float
-    chosen: str
-    difference: Callable[[Arms, str], Difference | None] = gain
+def complete(known: Known, arms: Iterable[Arm]) -> bool:
+    """Whether the rules can speak: the arms have been judged on all choosing settings."""
+    settings = [known.all.get(name) for name in CHOOSING]
+    return all(s is not None and known.runs(s, arm) for s in settings for arm in arms)
 
 
-_at_their_lr = partial(gain, at_their_lr=True)
-_at_3_times = partial(gain, times=STRESS[0])
-TARGETS = (
-    Target("first epoch: at most 0.001 behind", -0.001, "epoch 1"),
-    Target("the same at row-wise Adagrad's lr: 0.0015", -0.0015, "epoch 1", _at_their_lr),
-    Target("MovieLens in the order of time: ahead", 0, "-time"),
-    Target("third epoch: ahead", 0, "epoch 3"),
-    Target("25 % clicks, first epoch: ahead by 0.003", 0.003, "clicks-25.*epoch 1"),
-    Target("25 % clicks, second epoch: ahead by 0.01", 0.01, "clicks-25.*epoch 2"),
-    Target("4 % clicks, first epoch: ahead by 0.006", 0.006, "clicks-4.*epoch 1"),
-    Target("4 % clicks, second epoch: ahead by 0.02", 0.02, "clicks-4.*epoch 2"),
-    Target("drifts: ahead by 0.01", 0.01, "-drift"),
-    Target("at 3 times lr: at most 0.001 behind", -0.001, "epoch 1|predict", _at_3_times),
-)
+def settle_prior_count(known: Known) -> int | None:
+    """The rule's choice; None while not all candidates have been judged."""
+    arms = {10: OURS, **PRIORS}
+    if not complete(known, (ROWWISE, *arms.values())):
+        return None
+    gains = {n: [d.mean for d in over(known, arm, CHOOSING, ROWWISE)] for n, arm in arms.items()}
+    means = {n: statistics.fmean(found) for n, found in gains.items()}
+    passed = [n for n, found in gains.items() if min(found) >= -PRIOR_BEHIND]
+    better = [n for n in passed if means[n] > means[10] + PRIOR_AHEAD]
+    return max(better, key=means.__getitem__) if better else 10
+
+
+def settle_options(known: Known, candidates: dict[int, Arm]) -> list[int] | None:
+    """The values that the rule allows; None while not all have been judged."""
+    if not complete(known, (OURS, *candidates.values())):
+        return None
+    found = {n: [d.mean for d in over(known, arm, CHOOSING, OURS)] for n, arm in candidates.items()}
+    return [
+        n
+        for n, gains in found.items()
+        if statistics.fmean(gains) >= OPTION_GAINS and min(gains) >= -OPTION_COSTS
+    ]
+
+
+def choices(known: Known) -> list[str]:
+    """What the rules choose, in words."""
+    prior = settle_prior_count(known)
+    lines = [f"- `prior_count`: {prior or 'nothing yet'} (the default is 10)"]
+    for name, arms, none in (("admit", ADMISSIONS, "1"), ("half_life", HALVINGS, "None")):
+        allowed = settle_options(known, arms)
+        text = "nothing yet" if allowed is None else ", ".join(map(str, allowed)) or none
+        lines.append(f"- `{name}`: {text} (the default is {none})")
+    return lines
