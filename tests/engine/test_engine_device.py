@@ -68,9 +68,10 @@ def test_nothing_waits_for_the_device(config: FrequencyConfig, variable: bool) -
 def test_replicated_tables_wait_for_nothing(
     config: FrequencyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FBGEMM's own parts are left out: its dense TBE asks for a real GPU, as streams do."""
+    """FBGEMM's own parts are left out: its dense TBE asks for a real GPU; so do streams, copies."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(Tensor, "copy_", Tensor.add_)
     with FakeTensorMode():
         tbe: Any = object.__new__(ReplicatedTBE)
         nn.Module.__init__(tbe)
