@@ -86,7 +86,8 @@ class ReferenceTable:
                 root = ((1 - prior) * past + prior * rho * (count + 1) + own).sqrt()
                 self.sums[row] = past + own
             self.weight[row] -= lr / (root + self.eps) * gradient
-            squares += float(gradient.square().mean())
+            square = float(gradient.square().mean())
+            squares += square if math.isfinite(square) else 0.0
         self._add(squares, entered)
         self.age += 1
         if self.half_life is not None and self.age >= self.half_life:
@@ -100,9 +101,7 @@ class ReferenceTable:
         if self.normalize is None or not self.prior_count or not weight or not occurrences:
             return
         mean = self.squares / self.steps if self.steps else 0.0
-        if not math.isfinite(squares):
-            squares = mean
-        elif self.steps >= 3:
+        if self.steps >= 3:
             squares = min(squares, max(3 * mean, self.squares / 10))
         self.squares += weight * squares
         self.total += weight * occurrences

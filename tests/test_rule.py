@@ -11,11 +11,11 @@ import torch
 import torchrec_freq
 from torchrec_freq import COUNT_CEILING, FrequencyConfig, FrequencySGD
 from torchrec_freq.rule import (
+    cap_squares,
     kernel_counts,
     kernel_factor,
     mean_square,
     row_multiplier,
-    step_squares,
 )
 
 COUNTS = [0, 1, 2, 1000, COUNT_CEILING]
@@ -57,12 +57,11 @@ def test_mean_square() -> None:
     assert got.tolist() == [2.0, 0.0, 0.0]
 
 
-def test_what_a_step_adds() -> None:
-    squares = torch.tensor([6.0, 1e9, 1e9, math.nan, math.inf, 1e30, math.nan])
-    totals = torch.tensor([100.0, 100.0, 100.0, 100.0, 100.0, 7.0, 0.0])
-    steps = torch.tensor([10.0, 10.0, 50.0, 10.0, 20.0, 2.0, 0.0])
-    got = step_squares(squares, totals, steps).tolist()
-    assert got == pytest.approx([6.0, 30.0, 10.0, 10.0, 5.0, 1e30, 0.0])
+def test_the_cap_of_a_step() -> None:
+    totals = torch.tensor([100.0, 100.0, 100.0, 7.0, 0.0])
+    steps = torch.tensor([10.0, 50.0, 3.0, 2.0, 0.0])
+    got = cap_squares(totals, steps).tolist()
+    assert got == pytest.approx([30.0, 10.0, 100.0, math.inf, math.inf])
 
 
 PAPER: dict[str, Any] = {"normalize": None}

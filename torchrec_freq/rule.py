@@ -17,9 +17,10 @@ In a sampled step, which stands for :math:`n` steps,
     G_t \leftarrow G_t + n \min\left(\textstyle\sum_i \mathrm{mean}_d(g_i^2), \mathrm{cap}_t\right),
     \qquad C_t \leftarrow C_t + n \textstyle\sum_i k_i
 
-This is row-wise Adagrad, except that the sum of squares of a young row is mostly what the table
-predicts for its count: :math:`\rho_t` is the mean square of an occurrence. For a rare row the rate
-is that of FA-SGD, proportional to :math:`1 / \sqrt{c_i}`; for a row with a history it is Adagrad's.
+where squares that are not finite are left out. This is row-wise Adagrad, except that the sum of
+squares of a young row is mostly what the table predicts for its count: :math:`\rho_t` is the mean
+square of an occurrence. For a rare row the rate is that of FA-SGD, proportional to
+:math:`1 / \sqrt{c_i}`; for a row with a history it is Adagrad's.
 
 Sources: Li et al., "Frequency-aware SGD for Efficient Embedding Learning with Provable Benefits",
 ICLR 2022 (FA-SGD, and counter-based SGD, which is ``normalize=None``); Duchi, Hazan, Singer,
@@ -73,8 +74,35 @@ def mean_square(squares: Tensor, counts: Tensor) -> Tensor:
     return (squares / counts).nan_to_num_(nan=0.0, posinf=0.0).to(torch.float32)
 
 
-def prior_change(config: FrequencyConfig, counts: Tensor, sums: Tensor, rho: Tensor) -> Tensor:
+def prior_change(
+    config: FrequencyConfig, counts: Tensor, sums: Tensor, prior_squares: Tensor
+) -> Tensor:
     r""":math:`b_i (\rho_t (c_i + 1) - A_i)`: what the table's prediction adds to a row's own sum.
+
+    Args:
+        counts: [...] :math:`c_i`, any dtype.
+        sums: [...] float32 :math:`A_i`.
+        prior_squares: float32, :func:`prior_squares` of a shape that expands to that of ``counts``.
+
+    Returns:
+        [...] float32.
+    """
+    counts = counts.to(torch.float32, copy=True)
+    change = torch.addcmul(prior_squares, counts, prior_squares)
+    if config.prior_count == math.inf:
+        return change.sub_(sums)
+    if config.prior_count == 0:
+        return torch.zeros_like(sums)
+    return change.sub_(sums, alpha=config.prior_count).div_(counts.add_(config.prior_count))
+
+
+def prior_squares(config: FrequencyConfig, rho: Tensor) -> Tensor:
+    r""":math:`\mathrm{prior\_count}\, \rho_t`, or :math:`\rho_t` where the prior is infinite."""
+    return rho if config.prior_count == math.inf else rho * config.prior_count
+
+
+def past_squares(config: FrequencyConfig, counts: Tensor, sums: Tensor, rho: Tensor) -> Tensor:
+    r""":math:`(1 - b_i) A_i + b_i \rho_t (c_i + 1)`: :math:`v_i` without the square of the step.
 
     Args:
         counts: [...] :math:`c_i`, any dtype.
@@ -84,22 +112,7 @@ def prior_change(config: FrequencyConfig, counts: Tensor, sums: Tensor, rho: Ten
     Returns:
         [...] float32.
     """
-    if config.prior_count == 0:
-        return torch.zeros_like(sums)
-    counts = counts.to(torch.float32, copy=True)
-    if config.prior_count == math.inf:
-        return torch.addcmul(rho, counts, rho).sub_(sums)
-    scaled = rho * config.prior_count
-    change = torch.addcmul(scaled, counts, scaled).sub_(sums, alpha=config.prior_count)
-    return change.div_(counts.add_(config.prior_count))
-
-
-def prior_squares(config: FrequencyConfig, counts: Tensor, sums: Tensor, rho: Tensor) -> Tensor:
-    r""":math:`(1 - b_i) A_i + b_i \rho_t (c_i + 1)`: :math:`v_i` without the square of the step.
-
-    Args and result as of :func:`prior_change`.
-    """
-    return sums + prior_change(config, counts, sums, rho)
+    return sums + prior_change(config, counts, sums, prior_squares(config, rho))
 
 
 def row_multiplier(
@@ -131,7 +144,7 @@ def row_multiplier(
         root = counts.to(torch.float32).clamp(min=config.min_count).sqrt_()
     else:
         assert sums is not None and rho is not None
-        root = prior_squares(config, counts, sums, rho)
+        root = past_squares(config, counts, sums, rho)
         if squares is not None:
             root += squares
         root.sqrt_()
@@ -147,21 +160,18 @@ def may_move(config: FrequencyConfig, counts: Tensor) -> Tensor:
     return counts >= (config.admit if config.admit > 1 else 0)
 
 
-def step_squares(squares: Tensor, totals: Tensor, steps: Tensor) -> Tensor:
-    r"""What a step adds to :math:`G_t`: its sum of squares, at most a cap, elementwise.
+def cap_squares(totals: Tensor, steps: Tensor) -> Tensor:
+    r"""What a step adds to :math:`G_t` at most, elementwise.
 
-    The cap is three times the mean step so far, or a tenth of :math:`G_t` where that is more, from
-    the 4th step on. What is not finite enters as the mean step, so that one bad gradient slows no
-    other row for long.
+    Three times the mean step so far, or a tenth of :math:`G_t` where that is more, from the 4th
+    step on: one bad gradient slows no other row for long.
 
     Args:
-        squares: [...] :math:`\sum_i \mathrm{mean}_d(g_i^2)` of the step.
-        totals: [...] :math:`G_t` before it.
+        totals: [...] :math:`G_t` before the step.
         steps: [...] steps that :math:`G_t` stands for.
     """
-    mean = (totals / steps).nan_to_num_(nan=0.0, posinf=0.0)
-    cap = torch.maximum(3 * mean, totals / 10).where(steps >= 3, torch.inf)
-    return torch.minimum(squares, cap).where(squares.isfinite(), mean)
+    cap = torch.maximum((totals / steps).mul_(3), totals * 0.1)
+    return cap.masked_fill_(steps < 3, torch.inf)
 
 
 def kernel_factor(config: FrequencyConfig) -> float:

@@ -342,6 +342,9 @@ def test_a_row_beyond_the_ceiling(rule: str) -> None:
     first.counts[0], first.sums[0] = 10**10, torch.full((8,), 3e9).double()
     tbe.counts[0], tbe.sums[0] = COUNT_CEILING - 1, 3e9
     first.squares, first.total, first.steps = 3e9, 1e10, 1e6
+    for table in reference.tables:
+        table.age = 1022  # counts are looked after in every 1024th step
+    tbe.totals.ages.fill_(1022)
     tbe.totals.values[0] = torch.tensor([3, 3e9, 1e10, 1e6])
     for step in range(3):
         output = tbe(*batch(step))
@@ -405,18 +408,21 @@ def step_of(tbe: Any, layout: str, size: int = 4) -> tuple[Callable[[int], objec
 
 @pytest.mark.parametrize("layout", ["equal", "unequal"])
 def test_operators_of_a_step(layout: str) -> None:
-    """At most 20 more than row-wise Adagrad's, 30 where it is sampled."""
+    """At most 20 more than row-wise Adagrad's, 22 after a sampled one, 40 in it."""
     ours, (step, _) = make(), step_of(make_stock(), layout)
     with Operators() as stock:
         step(0)
     step, _ = step_of(ours, layout)
+    after = True
     for age in range(FIRST_STEPS, FIRST_STEPS + 20):
         ours.totals.ages.fill_(age)
         with Operators() as found:
             step(0)
         more = Counter(found.names) - Counter(stock.names)
-        most = 30 if sample_weight(age) else 20
-        assert sum(more.values()) <= most, (age, found.names)
+        most = 40 if sample_weight(age) else 22 if after else 20
+        if age > FIRST_STEPS:
+            assert sum(more.values()) <= most, (age, found.names)
+        after = sample_weight(age) > 0
 
 
 @pytest.mark.parametrize("layout", ["equal", "unequal"])

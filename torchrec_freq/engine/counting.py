@@ -11,8 +11,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
+from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.engine.lookups import Features
 from torchrec_freq.engine.totals import TableTotals
+from torchrec_freq.rule import prior_squares
 
 NOT_COMPILED: Final = "FrequencySGD works by autograd hooks, which a compiled graph would not run"
 """Why torch.compile stays out of the lookups; a message of its own where it is told to go in."""
@@ -73,11 +75,9 @@ class CountingTBE:
         positions = [member.position for member in of_features]
         self._position_F = torch.tensor(positions, device=device)
         shares = [(member.column_share, float(member.primary)) for member in of_features]
-        self._share_F, self._primary_F = torch.tensor(
-            shares, dtype=torch.float64, device=device
-        ).unbind(1)
-        self._rho: tuple[Tensor, Tensor] | None = None
-        totals.on_halving(self._halve)
+        self._shares_F2 = torch.tensor(shares, dtype=torch.float64, device=device)
+        self._prior: tuple[Tensor, Tensor] | None = None
+        totals.listen(self._halve, self._clamp)
 
     def rows_of(self, table: int, values_R: Tensor) -> Tensor:
         """[rows] view of those of a table, of what has a value for each row of the TBE."""
@@ -88,12 +88,13 @@ class CountingTBE:
         """float32 [rows of all tables]: row-wise Adagrad's sums of squares."""
         raise NotImplementedError
 
-    def rho_F(self) -> Tensor:
-        r"""float32 [features]: :math:`\rho_t` of each one's table."""
+    def prior_F(self) -> Tensor:
+        """float32 [features]: :func:`torchrec_freq.rule.prior_squares` of each one's table."""
         rho_T = self.totals.rho()
-        if self._rho is None or self._rho[0] is not rho_T:
-            self._rho = rho_T, rho_T.index_select(0, self._position_F)
-        return self._rho[1]
+        if self._prior is None or self._prior[0] is not rho_T:
+            rho_F = rho_T.index_select(0, self._position_F)
+            self._prior = rho_T, prior_squares(self.frequency, rho_F)
+        return self._prior[1]
 
     @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
@@ -139,6 +140,9 @@ class CountingTBE:
                     "torchrec_freq.load_row_counts(model, counts) before training."
                 )
             self._has_counts = True
+
+    def _clamp(self) -> None:
+        self.counts.clamp_(max=COUNT_CEILING)
 
     def _halve(self, position: int) -> None:
         for table, member in enumerate(self._members):

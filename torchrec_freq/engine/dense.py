@@ -59,5 +59,6 @@ def dense_step(
         if config.prior_count > 0 and totals.sampled():
             occurrences = occurrences_R.where(admitted_R, 0).sum().view(1)
             position_1 = torch.full((1,), position, device=counts_R.device)
-            totals.add(position_1, squares_R.sum().view(1), occurrences)
+            squares = squares_R.nan_to_num(0.0, 0.0, 0.0).sum(dtype=torch.float64).view(1)
+            totals.add(position_1, squares, occurrences.double())
     return DenseStep(multiplier_R * admitted_R, after_R, sums_R)

@@ -13,7 +13,7 @@ class Lookups:
 
     Args:
         ids_L: [lookups] rows within their tables.
-        ends_F: [features + 1] first lookup of each feature, and their number; contiguous.
+        ends_F: [features + 1] first lookup of each feature, and their number.
         first_row_F: int64 [features] first row of each feature's table among those of the TBE.
 
     Attributes:
@@ -21,13 +21,12 @@ class Lookups:
     """
 
     def __init__(self, ids_L: Tensor, ends_F: Tensor, first_row_F: Tensor) -> None:
-        self._ends_F = ends_F
+        self._ends_F, self._lengths_F = ends_F, ends_F.diff()
         length = _equal_length(ends_F)
         self._shape = (len(first_row_F), length or 0)
         self._feature_L: Tensor | None = None
         if length is None:
-            lengths_F = ends_F.diff()
-            self._feature_L = torch.repeat_interleave(lengths_F, output_size=len(ids_L))
+            self._feature_L = torch.repeat_interleave(self._lengths_F, output_size=len(ids_L))
             self.rows_L = first_row_F.index_select(0, self._feature_L).add_(ids_L)
         elif len(first_row_F) == 1:  # its table is the TBE's first
             self.rows_L = ids_L.to(torch.int64)
@@ -50,12 +49,12 @@ class Lookups:
             return values_L.view(self._shape).sum(dim=1, dtype=torch.float64)
         # Unsafe: a check of the offsets would make the host wait.
         return torch.segment_reduce(
-            values_L.double(), "sum", offsets=self._ends_F.to(torch.int64), unsafe=True
+            values_L.double(), "sum", offsets=self._ends_F.to(torch.int64).contiguous(), unsafe=True
         )
 
     def lengths(self) -> Tensor:
-        """[features] lookups of each."""
-        return self._ends_F.diff()
+        """float64 [features] lookups of each."""
+        return self._lengths_F.double()
 
 
 class Features:

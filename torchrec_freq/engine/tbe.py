@@ -28,7 +28,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
-from torchrec_freq.counts.state import COUNT_CEILING
 from torchrec_freq.engine.counting import CountingTBE
 from torchrec_freq.engine.lookups import Lookups
 from torchrec_freq.rule import kernel_counts, kernel_factor, prior_change
@@ -90,6 +89,8 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
                 )
         self._factor = kernel_factor(frequency)
         self.register_buffer("counts", None)
+        one = torch.ones((), dtype=torch.int32, device=self.current_device)
+        self.register_buffer("_one", one, persistent=False)
         self._start(frequency, self.feature_table_map, self.current_device)
         self._set_learning_rate(self.learning_rate_tensor.item())
 
@@ -131,22 +132,15 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
             config,
             lookups.by_feature(step.counts_L),
             lookups.by_feature(step.own_L),
-            lookups.spread(self.rho_F()),
+            lookups.spread(self.prior_F()),
         ).view(-1)
         # Equal rows write equal values, so the order of the writes does not matter.
         sums_R.scatter_(0, rows_L, self._admitted(rows_L, step.own_L + step.change_L))
         return step
 
     def _count(self, rows_L: Tensor) -> None:
-        config = self.frequency
-        if config.count == "frozen":
-            return
-        ones_L = torch.ones_like(rows_L, dtype=torch.int32)
-        self.counts.scatter_add_(0, rows_L, ones_L)
-        if (config.normalize is None or config.prior_count == 0) and self.totals.sampled():
-            # The other rules do it where they sample.
-            counts_L = self.counts.index_select(0, rows_L)
-            self.counts.scatter_(0, rows_L, counts_L.clamp_(max=COUNT_CEILING))
+        if self.frequency.count != "frozen":
+            self.counts.scatter_add_(0, rows_L, self._one.expand_as(rows_L))
 
     def _admitted(self, rows_L: Tensor, sums_L: Tensor) -> Tensor:
         """The sums, infinite for rows that are not admitted: the kernel does not move them."""
@@ -174,20 +168,15 @@ class FrequencyTBE(CountingTBE, SplitTableBatchedEmbeddingBagsCodegen):
 
     def _sample(self, step: _Step, squares_L: Tensor) -> None:
         """Adds the squares of a batch's rows, each once, and its occurrences to the totals."""
-        lookups, rows_L, counts_L = step.lookups, step.lookups.rows_L, step.counts_L
+        lookups, counts_L = step.lookups, step.counts_L
         assert counts_L is not None
-        after_L = self.counts.index_select(0, rows_L)
-        squares_L.div_(after_L - counts_L)
+        after_L = self.counts.index_select(0, lookups.rows_L)
+        squares_L.nan_to_num_(0.0, 0.0, 0.0).div_(after_L - counts_L)
         occurrences_F = lookups.lengths()
         if self.frequency.admit > 1:
             occurrences_F = lookups.sum((after_L >= self.frequency.admit).float())
-        self.totals.add(
-            self._position_F,
-            lookups.sum(squares_L) * self._share_F,
-            occurrences_F * self._primary_F,
-        )
-        # Often enough: no batch has 2^30 lookups.
-        self.counts.scatter_(0, rows_L, after_L.clamp_(max=COUNT_CEILING))
+        squares_F = lookups.sum(squares_L)
+        self.totals.add(self._position_F, squares_F, occurrences_F, self._shares_F2)
 
     def _set_learning_rate(self, lr: float) -> float:
         """The rate of the next forward; the kernel's is larger by a constant of the rule."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from torchrec_freq.config import FrequencyConfig
 from torchrec_freq.counts.state import STATE_FORMAT, TOTALS
-from torchrec_freq.rule import mean_square, sample_weight, step_squares
+from torchrec_freq.rule import cap_squares, mean_square, sample_weight
+
+_CLAMP_STEPS: Final = 1024
+"""Steps after which counts are kept from overflowing: a row may occur 2^20 times in each."""
 
 
 class TableTotals:
@@ -48,9 +51,10 @@ class TableTotals:
         self.values = torch.zeros(len(configs), TOTALS, dtype=torch.float64, device=device)
         self.values.select(1, 0).fill_(STATE_FORMAT)
         self.ages = torch.zeros(len(configs), dtype=torch.int64)
-        self._added = self.values.new_zeros(len(configs), 2)
+        self._added = self.values.new_zeros(len(configs), 3)
         self._rho: tuple[int, Tensor] | None = None
         self._halve: list[Callable[[int], None]] = []
+        self._clamp: list[Callable[[], None]] = []
         self._backward: int | None = None
         self._stream: Any = None
 
@@ -58,9 +62,10 @@ class TableTotals:
         # The tensors of a copy count their versions from the start.
         return {**self.__dict__, "_rho": None}
 
-    def on_halving(self, halve: Callable[[int], None]) -> None:
-        """Calls ``halve`` with each table whose half-life is over."""
+    def listen(self, halve: Callable[[int], None], clamp: Callable[[], None]) -> None:
+        """Calls ``halve`` with each table whose half-life is over, and ``clamp`` now and then."""
         self._halve.append(halve)
+        self._clamp.append(clamp)
 
     def rho(self) -> Tensor:
         r"""float32 [tables]: :math:`\rho_t = G_t / C_t`."""
@@ -74,17 +79,27 @@ class TableTotals:
         """Whether this step is sampled."""
         return any(map(sample_weight, set(self.ages.tolist())))
 
-    def add(self, position_F: Tensor, squares_F: Tensor, occurrences_F: Tensor) -> None:
+    def add(
+        self,
+        position_F: Tensor,
+        squares_F: Tensor,
+        occurrences_F: Tensor,
+        shares_F2: Tensor | None = None,
+    ) -> None:
         """Adds what a shard saw in a backward of a sampled step.
 
         Args:
             position_F: int64 [features] table of each.
-            squares_F: [features] sum over the rows of the mean square, over all columns of the
-                table, of the shard's part of the gradient.
-            occurrences_F: [features] occurrences that the squares are of.
+            squares_F: float64 [features] sum over the rows of the mean square of the gradient, over
+                the columns of the shard.
+            occurrences_F: float64 [features] occurrences that the squares are of.
+            shares_F2: float64 [features, 2] what of them is the shard's: its part of the columns;
+                1 for one of the shards that hold the same rows, 0 for the others. None: all.
         """
-        step_F2 = torch.stack([squares_F.double(), occurrences_F.double()], dim=1)
-        self._added.index_add_(0, position_F, step_F2)
+        step_F2 = torch.stack([squares_F, occurrences_F], dim=1).to(torch.float64)
+        if shares_F2 is not None:
+            step_F2.mul_(shares_F2)
+        self._added.narrow(1, 0, 2).index_add_(0, position_F, step_F2)
 
     def end_with_backward(self) -> None:
         """Ends the step when the backward that is under way has ended.
@@ -119,23 +134,27 @@ class TableTotals:
                 dist.all_reduce(self._added, group=self._group, async_op=True).wait()
             self._take_in(weights)
         self.ages += 1
-        for table, half_life in enumerate(self._half_lives):
-            if half_life is not None and ages[table] + 1 >= half_life:
+        for table, age in enumerate(ages):
+            half_life = self._half_lives[table]
+            if half_life is not None and age + 1 >= half_life:
                 self.ages[table] = 0
                 self.values.select(0, table).narrow(0, 1, 3).mul_(0.5)
                 for halve in self._halve:
                     halve(table)
+        if any(age % _CLAMP_STEPS == 0 for age in ages):
+            for clamp in self._clamp:
+                clamp()
+        self.rho()
 
     def _take_in(self, weights: Sequence[int]) -> None:
         _, total_T, _, steps_T = self.values.unbind(1)
-        squares_T, occurrences_T = self._added.unbind(1)
-        entering_T = step_squares(squares_T, total_T, steps_T)
-        seen_T = occurrences_T > 0
-        step_T3 = torch.stack([entering_T * seen_T, occurrences_T, seen_T.double()], dim=1)
+        squares_T, occurrences_T, seen_T = self._added.unbind(1)
+        torch.minimum(squares_T, cap_squares(total_T, steps_T), out=squares_T)
+        torch.gt(occurrences_T, 0, out=seen_T)
         if len(set(weights)) == 1:
-            self.values.narrow(1, 1, 3).add_(step_T3, alpha=weights[0])
+            self.values.narrow(1, 1, 3).add_(self._added, alpha=weights[0])
         else:
             # Tables of different ages, as after loading one of them.
             weight_T = torch.tensor(weights, dtype=torch.float64, device=self.values.device)
-            self.values.narrow(1, 1, 3).addcmul_(step_T3, weight_T.unsqueeze(1))
+            self.values.narrow(1, 1, 3).addcmul_(self._added, weight_T.unsqueeze(1))
         self._added.zero_()
