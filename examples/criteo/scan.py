@@ -43,7 +43,8 @@ def scan(days: Days, rows: Sequence[int] | None, cache: Path) -> list[int]:
     first: dict[str, str] = {}
     for _, bad, faults in (parts := gather(found)):
         counts += bad
-        first = faults | first
+        for name, fault in faults.items():
+            first.setdefault(name, fault)
     largest: list[int] = np.max([part[0] for part in parts], axis=0).tolist()
     with together():
         if counts:
