@@ -5,7 +5,7 @@
     start = 0
     if found := checkpoints.latest():
         dense_optimizer.init_state()  # there must be state to load into
-        checkpoints.load(found, state)
+        load(found.path, state)
         start = found.step
     for step in range(start + 1, steps + 1):
         ...
@@ -168,18 +168,6 @@ class Checkpoints:
             )
         return None
 
-    def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        """Loads what `save` was given, in place, whatever the number of ranks and sharding plan.
-
-        All ranks must call it, those without a table too. An optimizer that makes its state in its
-        first step, such as TorchRec's `KeyedOptimizerWrapper`, needs its `init_state()` before.
-        """
-        # The default, made for FSDP, leaves out tables without a shard on this rank. It then takes
-        # the checkpoint for one of torch 2.3 and asks for the state of an optimizer without any,
-        # which has no tensors, and was not saved.
-        planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
-        dcp.load(state, checkpoint_id=checkpoint.path, planner=planner)
-
     def _paths(self, prefix: str = "") -> list[Path]:
         """Folders named as checkpoints, in order of their steps, and none of somebody else."""
         pattern = re.compile(rf"{prefix}step-\d{{8,18}}")
@@ -210,6 +198,30 @@ class Checkpoints:
             _delete(path)
         except OSError as error:
             warnings.warn(f"{path} cannot be deleted: {error}", stacklevel=3)
+
+
+def load(path: Path, state: dict[str, Any]) -> None:
+    """Loads what a checkpoint has, in place, whatever the number of ranks and sharding plan.
+
+    All ranks must call it, those without a table too. An optimizer that makes its state in its
+    first step, such as TorchRec's `KeyedOptimizerWrapper`, needs its `init_state()` before.
+
+    Args:
+        path: folder of the checkpoint.
+        state: what `save` was given.
+
+    Raises:
+        ValueError: it is of another model, or damaged.
+    """
+    # The default, made for FSDP, leaves out tables without a shard on this rank. It then takes
+    # the checkpoint for one of torch 2.3 and asks for the state of an optimizer without any,
+    # which has no tensors, and was not saved.
+    planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
+    try:
+        dcp.load(state, checkpoint_id=path, planner=planner)
+    except CheckpointException as error:  # a BaseException
+        causes = "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
+        raise ValueError(f"{path} is of another model, or damaged: {causes}") from error
 
 
 def read(path: Path) -> Checkpoint:

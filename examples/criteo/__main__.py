@@ -12,30 +12,30 @@ import io
 import json
 import os
 import sys
-from functools import partial
+from dataclasses import asdict
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from benchmarks.common import planted
 from benchmarks.common.checkpoint import Checkpoints, NotSaved
-from benchmarks.common.days import Batches, Day, Days, find_days
+from benchmarks.common.days import Day, Days, find_days
 from benchmarks.common.ranks import gather, start_ranks
 from benchmarks.common.ranks import together as agreed
 from benchmarks.common.training import optimizer_bytes
+from examples.criteo.batches import Batches
 from examples.criteo.loop import Loop
 from examples.criteo.model import build
 from examples.criteo.progress import table
 from examples.criteo.refusal import Refused, say_error, together
-from examples.criteo.scan import Scan, scan
+from examples.criteo.scan import scan
 from examples.criteo.settings import Settings, parse
 from torchrec_freq.output import check_folder, write_text
 
 
-def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
-    """The days, the rows of the tables, and what the scan found. All ranks must call it.
+def prepare(settings: Settings) -> tuple[list[Day], list[int]]:
+    """The days, and the rows of the tables. All ranks must call it.
 
     Raises:
         ValueError: files that cannot be trained on, the same on every rank.
@@ -57,81 +57,26 @@ def prepare(settings: Settings) -> tuple[list[Day], list[int], Scan | None]:
                 f"{data.path} holds other data than data.synthetic={data.synthetic} asks for. "
                 "Leave it out to train on them, or name another data.folder."
             )
-    seen = gather([(day.files["dense"].path.name, day.samples) for day in days])
+    seen = gather([(day.path("dense").name, day.samples) for day in days])
     if other := [rank for rank, files in enumerate(seen) if files != seen[0]]:
         raise ValueError(f"Rank {other[0]} sees other files in {data.path} than rank 0.")
-    # Ids that are taken modulo the rows have no upper bound.
-    bounds = None if data.max_rows is not None else data.rows
-    found = None
+    rows = data.rows
     if data.scan:
-        found = scan(Days(days), bounds, settings.out / "scan.json")
-        if found.bad and data.bad_rows == "stop":
-            raise ValueError(
-                f"{found.message()}\nRepair the files, or leave these rows out with "
-                "--data.bad_rows skip."
-            )
-        if found.bad and dist.get_rank() == 0:
-            print(f"Left out: {found.message()}", flush=True)
-    if data.rows is not None:
-        rows = data.rows
-    else:
-        assert found is not None
-        rows = [max(largest, 0) + 1 for largest in found.largest]
-    if data.max_rows is not None:
-        rows = [min(count, data.max_rows) for count in rows]
-    return days, rows, found
+        # Ids that are taken modulo the rows have no upper bound.
+        bounds = None if data.max_rows is not None else data.rows
+        largest = scan(Days(days), bounds, settings.out / "scan.json")
+        rows = rows or [most + 1 for most in largest]
+    assert rows is not None
+    return days, [min(count, data.max_rows or count) for count in rows]
 
 
-def train(settings: Settings, device: torch.device) -> None:
-    """Trains to the end, and leaves a summary.
-
-    Raises:
-        Refused: data, settings, checkpoints or a loss that cannot be gone on with.
-        NotSaved: a checkpoint or the summary cannot be written.
-    """
-    try:
-        days, rows, found = prepare(settings)
-        loop = set_up(settings, device, days, rows, found)
-    except (ValueError, OSError) as error:
-        raise Refused(str(error)) from error
-    loop.run()
-    progress, samples = loop.progress, loop.step * settings.batch_size
-    summary = {
-        "steps": loop.step,
-        "samples": samples,  # over all restarts
-        "ranks": dist.get_world_size(),
-        "device": device.type,
-        "seconds": progress.seconds,  # of training, without evaluations and checkpoints
-        "samples_per_second": samples / progress.seconds if progress.seconds else 0.0,
-        "train_loss": progress.train_loss,  # mean over the last steps before the end
-        "valid": progress.curve[-1]["valid"],
-        "test": progress.curve[-1]["test"],
-        "optimizer_bytes_per_row": optimizer_bytes(loop.training.model) / sum(rows),
-        "bad_rows": 0 if found is None else len(found.bad),
-        "checkpoint": str(loop.checkpoints.folder / f"step-{loop.step:08}"),
-        "curve": progress.curve,
-        "settings": loop.checkpoints.settings,
-    }
-    first = dist.get_rank() == 0
-    with agreed(NotSaved, OSError):
-        if first:
-            write_text(settings.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    if first:
-        print(table(summary), flush=True)
-
-
-def set_up(
-    settings: Settings, device: torch.device, days: list[Day], rows: list[int], found: Scan | None
-) -> Loop:
+def set_up(settings: Settings, device: torch.device, days: list[Day], rows: list[int]) -> Loop:
     """The model and its data, after the last checkpoint if there is one.
 
     Raises:
         ValueError, OSError: data, settings or checkpoints that cannot be gone on with.
     """
-    bad = np.array([] if found is None else found.bad, dtype=np.int64)
-    first_held_out = sum(day.samples for day in days[:-1])
-    train_days = Days(days[:-1], bad[bad < first_held_out])
-    last_day = Days(days[-1:], bad[bad >= first_held_out] - first_held_out)
+    train_days, last_day = Days(days[:-1]), Days(days[-1:])
     half = (len(last_day) + 1) // 2  # as TorchRec halves it
     valid, test = range(half), range(half, len(last_day))
     if len(train_days) < settings.batch_size:
@@ -143,28 +88,63 @@ def set_up(
             f"The last day's {len(last_day)} samples are too few to hold out: each half needs one "
             f"for each of the {dist.get_world_size()} ranks."
         )
-    batches = partial(Batches, rows=rows, modulo=settings.data.max_rows is not None)
+    modulo = None if settings.data.max_rows is None else rows
     evaluation = settings.evaluation
     some = evaluation.samples and max(evaluation.samples, dist.get_world_size())
-    lasting = {**settings.lasting(), "train samples": len(train_days), "rows": rows}
-    order_seed = settings.seed if settings.data.shuffle else None
-    train_samples = range(len(train_days))
     return Loop(
         settings,
         build(settings, rows, device),
-        batches(
+        Batches(
             train_days,
-            train_samples,
+            range(len(train_days)),
+            rows=modulo,
             batch_size=settings.batch_size,
             whole=True,
-            order_seed=order_seed,
+            order_seed=settings.seed if settings.data.shuffle else None,
         ),
         {
-            name: batches(last_day, part, batch_size=evaluation.batch_size)
+            name: Batches(last_day, part, rows=modulo, batch_size=evaluation.batch_size)
             for name, part in (("some", valid[:some]), ("valid", valid), ("test", test))
         },
-        Checkpoints(settings.out / "checkpoints", settings=lasting, keep=settings.checkpoint.keep),
+        Checkpoints(
+            settings.out / "checkpoints",
+            settings={**settings.lasting(), "train samples": len(train_days), "rows": rows},
+            keep=settings.checkpoint.keep,
+        ),
     )
+
+
+def train(settings: Settings, device: torch.device) -> None:
+    """Trains to the end, and leaves a summary.
+
+    Raises:
+        Refused: data, settings, checkpoints or a loss that cannot be gone on with.
+        NotSaved: a checkpoint or the summary cannot be written.
+    """
+    try:
+        days, rows = prepare(settings)
+        loop = set_up(settings, device, days, rows)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+    loop.run()
+    progress, samples = loop.progress, loop.step * settings.batch_size
+    summary = {
+        **asdict(progress),  # of training, without evaluations and checkpoints; all restarts
+        "steps": loop.step,
+        "samples": samples,
+        "ranks": dist.get_world_size(),
+        "device": device.type,
+        "samples_per_second": samples / progress.seconds if progress.seconds else 0.0,
+        "valid": progress.curve[-1]["valid"],
+        "test": progress.curve[-1]["test"],
+        "optimizer_bytes_per_row": optimizer_bytes(loop.training.model) / sum(rows),
+        "checkpoint": str(loop.checkpoints.folder / f"step-{loop.step:08}"),
+        "settings": loop.checkpoints.settings,
+    }
+    with agreed(NotSaved, OSError):
+        if dist.get_rank() == 0:
+            write_text(settings.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+            print(table(summary), flush=True)
 
 
 @record

@@ -13,14 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from benchmarks.common.checkpoint import Checkpoints, NotSaved
-from benchmarks.common.days import Batches, read_ahead
+from benchmarks.common.checkpoint import Checkpoints, NotSaved, load
 from benchmarks.common.training import Figures, Training
+from examples.criteo.batches import Batches, read_ahead
 from examples.criteo.model import set_rates
 from examples.criteo.progress import Monitor
 from examples.criteo.refusal import Refused
 from examples.criteo.settings import Settings
-from examples.criteo.start import start
 from torchrec_freq import TrainingMonitor
 
 TERMINATED = 128 + signal.SIGTERM
@@ -57,9 +56,8 @@ class Loop:
     ) -> None:
         self.settings, self.training, self.device = settings, training, training.model.device
         self.train, self.held_out, self.checkpoints = train, held_out, checkpoints
-        self.steps = settings.epochs * train.steps
-        if settings.max_steps is not None:
-            self.steps = min(self.steps, settings.max_steps)
+        steps = settings.epochs * train.steps
+        self.steps = min(steps, settings.max_steps or steps)
         self.step = 0
         self.saved: int | None = None  # step of the last checkpoint
         self.progress = Progress()
@@ -125,14 +123,18 @@ class Loop:
             except StopIteration:
                 return
 
+    def _over_ranks(self, *values: Tensor | float) -> list[float]:
+        """Their sums over the ranks; waits for the device."""
+        shared = torch.stack([torch.as_tensor(v, device=self.device).float() for v in values])
+        dist.all_reduce(shared)
+        sums: list[float] = shared.tolist()
+        return sums
+
     def _log(self, loss: Tensor, steps: int, rate: float) -> None:
         """The only place where the host waits for the device, and the ranks agree what to do."""
         minutes = (time.monotonic() - self.last_save) / 60
         due = dist.get_rank() == 0 and minutes >= self.settings.checkpoint.minutes
-        flags = torch.tensor([self.terminated.is_set(), due], dtype=loss.dtype, device=self.device)
-        shared = torch.cat([loss.view(1), flags])
-        dist.all_reduce(shared)
-        total, terminated, due = shared.tolist()
+        total, terminated, save = self._over_ranks(loss, self.terminated.is_set(), due)
         mean, seconds = total / dist.get_world_size(), time.monotonic() - self.mark
         if not math.isfinite(mean):
             raise Refused(
@@ -152,7 +154,7 @@ class Loop:
         )
         if terminated:
             self._stop()
-        if due and self.step < self.steps:
+        if save and self.step < self.steps:
             try:
                 self._save()
             except NotSaved as error:
@@ -176,11 +178,11 @@ class Loop:
             metrics = Figures(self.device, self.settings.evaluation.thresholds)
             for number, (_, logits, labels) in enumerate(self._outputs(source), start=1):
                 metrics.update(logits, labels)
-                if number % self.settings.log_every == 0:  # it may take long
-                    terminated = torch.tensor(int(self.terminated.is_set()), device=self.device)
-                    dist.all_reduce(terminated)
-                    if terminated:
-                        self._stop()
+                # It may take long.
+                if number % self.settings.log_every == 0 and any(
+                    self._over_ranks(self.terminated.is_set())
+                ):
+                    self._stop()
             figures = metrics.compute()
             name = "test" if split == "test" else "valid"
             point[name] = figures
@@ -210,20 +212,20 @@ class Loop:
         self.monitor.flush()
 
     def _resume(self) -> None:
-        found = self.checkpoints.latest()
-        if found is None:
-            start(self.settings, self.training)
-            return
-        if found.step > self.steps:
+        """From this run's last checkpoint, or from another run's if one is given."""
+        found, other = self.checkpoints.latest(), self.settings.init_from
+        if found is not None and found.step > self.steps:
             raise ValueError(
                 f"{found.path} is {found.step} steps old, more than this run has ({self.steps}). "
                 "Ask for more --epochs or --max_steps, or start anew in another --out."
             )
-        # Adam makes its state in its first step: here one without gradients, which moves nothing.
-        self.training.dense_optimizer.init_state()
-        self.checkpoints.load(found, self.training.state())
-        self.progress = Progress(**found.progress)
-        self.step = self.saved = found.step
+        if (path := found.path if found else other) is not None:
+            # Adam makes its state in its first step: here one without gradients.
+            self.training.dense_optimizer.init_state()
+            load(path, self.training.state())
+        if found is not None:
+            self.progress = Progress(**found.progress)
+            self.step = self.saved = found.step
 
     def _forward(self, batch: Any) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.model.autocast):

@@ -17,13 +17,11 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._folder, self._failed = folder, False
-        self._writer = None
-        if dist.get_rank() == 0:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._folder, self._first = folder, dist.get_rank() == 0
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1) if self._first else None
 
     def say(self, text: str) -> None:
-        if self._writer is not None:
+        if self._first:
             print(text, flush=True)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
@@ -39,32 +37,22 @@ class Monitor:
 
     def _write(self, method: str, *arguments: Any) -> None:
         """Training does not end where figures cannot be kept, as on a full disk."""
-        if self._writer is None or self._failed:
-            return
         try:
-            getattr(self._writer, method)(*arguments)
+            if self._writer is not None:
+                getattr(self._writer, method)(*arguments)
         except OSError as error:
-            self._failed = True
+            self._writer = None
             self.say(f"{self._folder}: no more figures are kept: {error}")
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """How a run ended, as Markdown."""
-    loss = summary["train_loss"]
-    lines = {
-        "steps": f"{summary['steps']:,}",
-        "samples": f"{summary['samples']:,}",
-        "ranks": f"{summary['ranks']} ({summary['device']})",
-        "training time, s": f"{summary['seconds']:,.1f}",
-        "samples/s": f"{summary['samples_per_second']:,.0f}",
-        "train loss": "" if loss is None else f"{loss:.4f}",
-        **{
-            f"{title} {name}": f"{summary[split][metric]:.4f}"
-            for split, title in (("valid", "validation"), ("test", "test"))
-            for metric, name in (("auc", "AUC"), ("log_loss", "log loss"))
-        },
-        "optimizer state, bytes a row": f"{summary['optimizer_bytes_per_row']:g}",
-        "bad rows left out": f"{summary['bad_rows']:,}",
-        "last checkpoint": summary["checkpoint"],
-    }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {lines[name]} |" for name in lines)])
+    lines = ["| | |", "|---|---|"]
+    for name, value in summary.items():
+        if isinstance(value, dict) and name in ("valid", "test"):
+            lines += [f"| {name}, {figure} | {number:.4f} |" for figure, number in value.items()]
+        elif isinstance(value, (str, int)):
+            lines.append(f"| {name} | {value} |")
+        elif isinstance(value, float):
+            lines.append(f"| {name} | {value:.5g} |")
+    return "\n".join(lines)

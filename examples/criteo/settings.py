@@ -1,14 +1,12 @@
 """The settings of a training run: flags, a YAML file, and what cannot go together."""
 
-import math
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_type_hints
+from typing import Any, Final, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import restricted_number_type
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT
 
 from torchrec_freq.config import FrequencyConfig
@@ -18,20 +16,15 @@ DESCRIPTION: Final = """Trains TorchRec's DLRM on Criteo files, on any number of
 The same command goes on from the last checkpoint in --out, also on another number of ranks.
 Sizes are those of all ranks together unless said otherwise."""
 
-if TYPE_CHECKING:
-    from builtins import float as Above0
-    from builtins import float as Finite0
-    from builtins import int as AtLeast0
-    from builtins import int as AtLeast1
-    from builtins import int as AtLeast2
-    from builtins import int as AtLeast100
-else:  # what the parser refuses; more than 2**62 does not fit what torch keeps it in
-    AtLeast0, AtLeast1, AtLeast2, AtLeast100 = (
-        restricted_number_type(f"AtLeast{least}", int, [(">=", least), ("<=", 2**62)])
-        for least in (0, 1, 2, 100)
-    )
-    Finite0 = restricted_number_type("Finite0", float, [(">=", 0), ("<", math.inf)])
-    Above0 = restricted_number_type("Above0", float, [(">", 0), ("<", math.inf)])
+MOST: Final = 2**62  # more does not fit what torch keeps it in
+
+
+def number(default: Any, least: float = 1) -> Any:
+    """A field that is a number, or a list of them, of at least so much."""
+    metadata = {"least": least}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +37,19 @@ class Data:
             exists. The folder is then .data/criteo-synthetic-N if none is given.
         rows: of each of the 26 tables; null: the largest id and one, found by the scan.
         max_rows: of a table; ids are taken modulo its rows. null: an id beyond its table is bad.
-        scan: whether to check all samples before training, once a data set.
-        bad_rows: what to do with samples that have an id out of range, a label that is not 0 or 1,
-            or a dense feature that is no finite number.
+        scan: whether to check all samples before training, once a data set: ids in range, labels
+            0 or 1, finite dense features.
         shuffle: whether to take the batches of an epoch in random order.
         threads: of a rank that read batches ahead, one each.
     """
 
     folder: Path | None = None
-    synthetic: AtLeast100 | None = None
-    rows: list[AtLeast1] | None = None
-    max_rows: AtLeast1 | None = None
+    synthetic: int | None = number(None, least=100)
+    rows: list[int] | None = number(None)
+    max_rows: int | None = number(None)
     scan: bool = True
-    bad_rows: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
-    threads: AtLeast1 = 2
+    threads: int = number(2)
 
     def __post_init__(self) -> None:
         if self.folder is None and self.synthetic is None:
@@ -71,8 +62,6 @@ class Data:
             raise ValueError(
                 f"data.rows must be {CAT_FEATURE_COUNT} numbers, one a table; got {len(self.rows)}."
             )
-        if self.bad_rows == "skip" and not self.scan:
-            raise ValueError("data.bad_rows=skip needs data.scan, which finds them.")
 
     @property
     def path(self) -> Path:
@@ -85,33 +74,22 @@ class Model:
     """The model.
 
     Args:
-        kind: TorchRec's DLRM, or DLRM_DCN with a cross network in place of the dot products.
         dim: columns of the tables, a multiple of 4.
         bottom: hidden layers of the dense features' network; one of dim follows.
         top: hidden layers of the last network; one of 1 follows.
-        dcn_layers: of DLRM_DCN.
-        dcn_rank: of DLRM_DCN's low-rank matrices.
         fp16_from: rows from which on a table is fp16 instead of fp32; 0: all are, null: none.
         autocast: whether the dense layers compute in bf16.
     """
 
-    kind: Literal["DLRM", "DLRM_DCN"] = "DLRM"
-    dim: AtLeast1 = 16
-    bottom: list[AtLeast1] = field(default_factory=lambda: [64])
-    top: list[AtLeast1] = field(default_factory=lambda: [64, 32])
-    dcn_layers: AtLeast1 | None = None
-    dcn_rank: AtLeast1 | None = None
-    fp16_from: AtLeast0 | None = None
+    dim: int = number(16)
+    bottom: list[int] = number([64])
+    top: list[int] = number([64, 32])
+    fp16_from: int | None = number(None, least=0)
     autocast: bool = False
 
     def __post_init__(self) -> None:
         if self.dim % 4:
             raise ValueError(f"model.dim must be a multiple of 4 for FBGEMM; got {self.dim}.")
-        given = [self.dcn_layers is not None, self.dcn_rank is not None]
-        if self.kind == "DLRM" and any(given):
-            raise ValueError("model.dcn_layers and dcn_rank are for model.kind=DLRM_DCN.")
-        if self.kind == "DLRM_DCN" and not all(given):
-            raise ValueError("model.kind=DLRM_DCN needs model.dcn_layers and model.dcn_rank.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +105,9 @@ class Optimizer:
     """
 
     name: Literal["FrequencySGD", "SGD", "RowWiseAdagrad", "Adagrad"] = "FrequencySGD"
-    lr: Finite0 = 0.05
-    dense_lr: Finite0 = 1e-3
-    warmup: AtLeast0 = 0
+    lr: float = number(0.05, least=0)
+    dense_lr: float = number(1e-3, least=0)
+    warmup: int = number(0, least=0)
     frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
 
     def __post_init__(self) -> None:
@@ -169,8 +147,8 @@ class Planner:
 
     sharding: list[ShardingName] | None = None
     kernels: list[KernelName] | None = None
-    hbm_gb: Above0 | None = None
-    ddr_gb: Above0 | None = None
+    hbm_gb: float | None = number(None, least=0)
+    ddr_gb: float | None = number(None, least=0)
     counts: Path | None = None
     report: bool = False
 
@@ -192,10 +170,10 @@ class Evaluation:
             the exact AUC, which gathers 12 bytes a sample on every rank.
     """
 
-    every: AtLeast1 | None = None
-    samples: AtLeast1 | None = None
-    batch_size: AtLeast1 = 16384
-    thresholds: AtLeast2 | None = None
+    every: int | None = number(None)
+    samples: int | None = number(None)
+    batch_size: int = number(16384)
+    thresholds: int | None = number(None, least=2)
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.every is None:
@@ -215,8 +193,8 @@ class Checkpointing:
             stop, or go_on and try again when the next one is due. The last good one is kept.
     """
 
-    minutes: Finite0 = 30
-    keep: AtLeast1 = 2
+    minutes: float = number(30, least=0)
+    keep: int = number(2)
     not_saved: Literal["stop", "go_on"] = "stop"
 
 
@@ -233,22 +211,19 @@ class Settings:
         seed: of the initial weights and the order of the batches.
         log_every: steps from one line of figures to the next. Checkpoints and SIGTERM wait for
             one, as only there the host waits for the device.
-        init_from: checkpoint of another run of the same model (its folder step-N), from whose
-            weights and Adam this run starts, at step 0, until it has a checkpoint of its own.
-        init_counts: what the optimizer of the tables starts from. sums: what that of init_from had
-            learned, row-wise Adagrad's sums or FrequencySGD's counts, so that every row keeps its
-            rate; zero: nothing; else a file of counts for FrequencySGD (python -m torchrec_freq
-            count or from-adagrad).
+        init_from: checkpoint of another run of the same model (its folder step-N), from which this
+            run starts, at step 0, until it has a checkpoint of its own: with its weights, Adam,
+            and what its tables' optimizer had learned. FrequencySGD and RowWiseAdagrad go on from
+            each other's.
     """
 
     out: Path = Path("runs/train")
-    batch_size: AtLeast1 = 2048
-    epochs: AtLeast1 = 1
-    max_steps: AtLeast1 | None = None
-    seed: AtLeast0 = 0
-    log_every: AtLeast1 = 50
+    batch_size: int = number(2048)
+    epochs: int = number(1)
+    max_steps: int | None = number(None)
+    seed: int = number(0, least=0)
+    log_every: int = number(50)
     init_from: Path | None = None
-    init_counts: str = "sums"
     data: Data
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -262,15 +237,6 @@ class Settings:
             raise ValueError(
                 f"planner.sharding: TorchRec does not train data_parallel tables with {name}. "
                 "Leave it out, or use FrequencySGD."
-            )
-        if self.init_counts not in ("sums", "zero") and name != "FrequencySGD":
-            raise ValueError(
-                f"init_counts={self.init_counts}: a file of counts is for FrequencySGD; "
-                f"optimizer.name is {name}. Use sums or zero."
-            )
-        if self.init_from and self.init_counts == "sums" and name in ("SGD", "Adagrad"):
-            raise ValueError(
-                f"init_counts=sums: {name} cannot go on from another optimizer's sums. Use zero."
             )
         if self.optimizer.frequency.count == "frozen" and self.planner.counts is None:
             raise ValueError("optimizer.frequency.count=frozen needs the file planner.counts.")
@@ -294,17 +260,15 @@ class Settings:
 
     def lasting(self) -> dict[str, Any]:
         """What a run must have in common with the checkpoint that it resumes."""
-        lasting: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "data.shuffle": self.data.shuffle,
+        optimizer = asdict(self.optimizer)
+        parts = {
+            "data": {"shuffle": self.data.shuffle},
+            "model": asdict(self.model),
+            "optimizer.frequency": optimizer.pop("frequency"),
+            "optimizer": optimizer,
         }
-        optimizer = vars(self.optimizer) | {}
-        frequency = vars(optimizer.pop("frequency"))
-        parts = {"model": vars(self.model), "optimizer": optimizer}
-        for part, values in (parts | {"optimizer.frequency": frequency}).items():
-            lasting |= {f"{part}.{key}": value for key, value in values.items()}
-        return lasting
+        flat = {f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}
+        return flat | {"batch_size": self.batch_size, "seed": self.seed}
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
@@ -323,31 +287,27 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_class_arguments(Settings)
     try:
         parsed = parser.parse_args(arguments)
-        _check_sections(Settings, parsed)
+        _check(Settings, parsed)
         parser.validate(parsed, skip_unset=False)  # a null for a number, too
         parsed = parser.instantiate(parsed)
     except (ArgumentError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
     except RecursionError as error:
         raise ValueError("--config: the file is nested too deeply, or refers to itself.") from error
-    settings = Settings(**{entry.name: parsed[entry.name] for entry in fields(Settings)})
-    return cast(Settings, _plain(settings))
+    return Settings(**{entry.name: parsed[entry.name] for entry in fields(Settings)})
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as Python has them: a checkpoint's metadata must not name the parser's types."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{name: _plain(entry) for name, entry in vars(value).items()})
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
-    return kind(value) if kind else value
-
-
-def _check_sections(section: Any, parsed: Namespace, prefix: str = "") -> None:
-    """Refuses what jsonargparse takes from a file: anything for a section."""
-    for name, kind in get_type_hints(section).items():
-        if is_dataclass(kind):
-            if not isinstance(value := parsed[name], Namespace):
-                raise ValueError(f"{prefix}{name} must be a section of settings; got {value!r}.")
-            _check_sections(kind, value, f"{prefix}{name}.")
+def _check(section: Any, parsed: Namespace, prefix: str = "") -> None:
+    """Refuses numbers out of range, and what jsonargparse takes for a section: anything."""
+    kinds = get_type_hints(section)
+    for entry in fields(section):
+        name, value = f"{prefix}{entry.name}", parsed[entry.name]
+        if is_dataclass(kind := kinds[entry.name]):
+            if not isinstance(value, Namespace):
+                raise ValueError(f"{name} must be a section of settings; got {value!r}.")
+            _check(kind, value, f"{name}.")
+        if (least := entry.metadata.get("least")) is None:
+            continue
+        for given in value if isinstance(value, list) else [value]:
+            if isinstance(given, (int, float)) and not least <= given <= MOST:
+                raise ValueError(f"{name} must be from {least} to 2^62; got {given}.")

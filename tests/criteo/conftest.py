@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from training import make_reference, write
+from criteo_runs import make_reference, write
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import shutil
@@ -17,18 +16,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
+from criteo_runs import GIVEN, REPOSITORY, arguments, assert_same, run
 from programs import Program
 from ranks import on_ranks
 from torch.utils.tensorboard.writer import SummaryWriter
-from training import GIVEN, REPOSITORY, STEPS, arguments, assert_same, run
 
 from benchmarks.common import ranks as group
 from benchmarks.common.checkpoint import Checkpoints, NotSaved
 from benchmarks.common.ranks import gather
 from examples.criteo import __main__ as program
-from examples.criteo import refusal as ranks
 from examples.criteo.loop import Loop
 from examples.criteo.progress import Monitor
 
@@ -65,9 +62,6 @@ def test_a_full_disk_while_training(reference: Path, tmp_path: Path) -> None:
     wanted = {path.name for path in (reference / "out" / "checkpoints").iterdir()}
     assert steps == wanted - {"step-00000004"}
     assert_same(tmp_path / "go_on", reference / "out")
-    # The last one must be saved, whatever is told.
-    with full_disk(STEPS), pytest.raises(NotSaved):
-        run(reference / "data", tmp_path / "end", *more)
 
 
 @on_ranks(1)
@@ -95,7 +89,6 @@ def spoil_checkpoints(reference: Path, folder: Path) -> list[str]:
 # What is wrong: flags for it, made by rank 0, and what is said.
 WRONG: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "no data": (lambda r, f: arguments(f / "none", f), "none: no such folder"),
-    "a file": (lambda r, f: arguments(r / "data" / "day_0_dense.npy", f), "no such folder"),
     "batch": (
         lambda r, f: arguments(r / "data", f, "--batch_size", "1000"),
         "batch_size 1000 is more than the",
@@ -107,7 +100,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
         "comes from a run with other settings: seed was 0, is 3",
     ),
     "loss": (
-        lambda r, f: arguments(r / "data", f, "--optimizer.lr", "1e30"),
+        lambda r, f: arguments(r / "data", f, "--optimizer.lr", "4e18"),
         "The training loss is",
     ),
 }
@@ -139,15 +132,7 @@ def test_what_cannot_be_trained_on_is_said_in_a_line(
     assert len(errors) == (rank == 0), said.getvalue()
     assert "Traceback" not in said.getvalue()
     if rank == 0:
-        assert message in errors[0]
-
-
-@on_ranks(2)
-def test_another_rank_with_another_error_says_so(tmp_path: Path) -> None:
-    rank = dist.get_rank()
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        ranks.say_error(f"of rank {rank}\nalone")
-    assert said.getvalue() == f"error: of rank {rank} alone\n"
+        assert message in errors[0], errors
 
 
 def test_the_image_has_all_that_is_imported(tmp_path: Path) -> None:
@@ -197,7 +182,7 @@ def terminate_when_saved() -> None:
     [
         (("--max_steps", "2"), count_threads_at_the_end, 0),
         ((), terminate_when_saved, 143),
-        (("--optimizer.lr", "1e30"), count_threads_at_the_end, 2),
+        (("--optimizer.lr", "4e18"), count_threads_at_the_end, 2),
     ],
     ids=["end", "SIGTERM", "refused"],
 )
@@ -223,30 +208,3 @@ def test_no_space_for_the_summary(reference: Path, tmp_path: Path) -> None:
         with pytest.raises(NotSaved, match="on rank 0: .*No space left") as caught:
             run(reference / "data", tmp_path / "out", "--max_steps", "2")
         assert caught.value.errno == 28
-
-
-@pytest.mark.parametrize(
-    ("end", "left"), [(None, True), (SystemExit(143), True), (ValueError("one rank's"), False)]
-)
-def test_main_leaves_the_group(
-    end: BaseException | None, left: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the end and after SIGTERM, but not after an error: NCCL would wait for the other ranks."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["train", *GIVEN])
-    calls: list[str] = []
-
-    def train(*_: object) -> None:
-        if end is not None:
-            raise end
-
-    monkeypatch.setattr(program, "train", train)
-    monkeypatch.setattr(group, "connect", lambda backend: None)
-    monkeypatch.setattr(group, "logging", mock.Mock())  # whose levels it would set
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("barrier", "destroy_process_group"):
-        monkeypatch.setattr(dist, name, functools.partial(calls.append, name))
-    with contextlib.suppress(SystemExit, ValueError):
-        program.main()
-    assert ("destroy_process_group" in calls) == left
