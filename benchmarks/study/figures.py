@@ -8,7 +8,6 @@ import numpy as np
 from benchmarks.pictures import GREY, picture
 from benchmarks.study.compare import Known, curve
 from benchmarks.study.config import OURS, ROWWISE, TUNED, Setting
-from benchmarks.study.search import lr_at
 
 COLOURS: Final = {OURS.label: "#d55e00", ROWWISE.label: "#0072b2", TUNED.label: "#009e73"}
 DIFFERENCES: Final = (
@@ -28,16 +27,6 @@ def draw(known: Known, folder: Path) -> dict[str, str]:
         with picture(folder / "stream.png") as figure:
             for panel, setting in _panels(figure, streams):
                 _stream(panel, known, setting)
-    stressed = [s for s in known.settings if len(known.by_lr(s, ROWWISE)) > 1]
-    if stressed:
-        drawn["lr"] = "AUC by lr, a panel a task"
-        with picture(folder / "lr.png") as figure:
-            for panel, setting in _panels(figure, stressed):
-                for arm in (OURS, ROWWISE):
-                    found = known.by_lr(setting, arm)
-                    x = [lr_at(exponent) for exponent in found]
-                    panel.plot(x, list(found.values()), ".-", color=COLOURS[arm.label])
-                panel.set(xscale="log", xlabel="lr", title=setting.name)
     return drawn
 
 
