@@ -58,10 +58,10 @@ $(READY): pyproject.toml Makefile $(VERSIONS) .ci/fbgemm-cpu/setup.py
 demo: setup  ## train a sharded DLRM on MovieLens-100K with three optimizers
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m examples.demo $(ARGS)
 
-study: setup  ## compare optimizers: the main table, some minutes
+study: setup  ## compare optimizers on real data: the main table and picture, some minutes
 	@$(PY) -m benchmarks.study quick $(ARGS)
 
-study-full: setup  ## all of the study, about an hour
+study-full: setup  ## all of the study, about 90 minutes; cut off, it goes on where it was
 	@$(PY) -m benchmarks.study full --tables benchmarks/study $(ARGS)
 
 bench: setup  ## time a step with FrequencySGD beside other optimizers

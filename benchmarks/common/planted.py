@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, INT_FEATURE_COUNT
 
+from benchmarks.common.samples import Samples, make, number
+
 PARTS = (1.5, 0.8, 0.3)  # standard deviation of the logit's parts: weights, pairs, dense features
 COLUMNS = 4  # of a planted vector
 
@@ -78,3 +80,13 @@ def _write(task: Task, folder: Path) -> None:
         np.save(folder / f"day_{day:02d}_dense.npy", dense)
         np.save(folder / f"day_{day:02d}_sparse.npy", sparse)
         np.save(folder / f"day_{day:02d}_labels.npy", labels.astype(np.int32)[:, None])
+
+
+def samples(folder: Path) -> Samples:
+    """What `generate` wrote, a day after the other."""
+    dense, sparse, labels = (
+        np.concatenate([np.load(path) for path in sorted(folder.glob(f"*_{kind}.npy"))])
+        for kind in ("dense", "sparse", "labels")
+    )
+    features = {f"cat_{column}": number(ids) for column, ids in enumerate(sparse.T)}
+    return make(features, labels.ravel(), dense)

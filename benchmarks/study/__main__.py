@@ -12,11 +12,12 @@ it was; delete the file after a change to an optimizer.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import files
 from benchmarks.study import report, runner
-from benchmarks.study.config import FORMS, FULL, QUICK, Setting
+from benchmarks.study.config import FORMS, FULL, Setting
 from benchmarks.study.model import MODELS
 from benchmarks.study.search import Results
 from benchmarks.study.tables import CUDA
@@ -24,7 +25,7 @@ from benchmarks.study.tables import CUDA
 WORKERS = 1 if CUDA else os.cpu_count() or 1
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "benchmarks.study", description=__doc__, formatter_class=formatter
@@ -47,7 +48,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("--out", type=Path, help="folder of results (default: runs/FILE's name)")
     for command in commands.choices.values():
         command.add_argument("--workers", type=int, default=WORKERS, help="processes")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def study(args: argparse.Namespace) -> str:
@@ -55,9 +56,7 @@ def study(args: argparse.Namespace) -> str:
     if args.command != "report":
         chosen = [s for s in FORMS[args.command] if s.name.startswith(args.only)]
         runner.run_all(chosen, results, args.data, args.workers)
-    quick = args.command == "quick"
-    tables = args.tables or args.out
-    return report.write(results, QUICK if quick else FULL, tables, "Results of the study")
+    return report.write(results, FULL, args.tables or args.out, "Results of the study")
 
 
 def study_file(args: argparse.Namespace) -> str:

@@ -1,14 +1,15 @@
 """Paired differences between arms, with intervals, and what the rules and targets say of them."""
 
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from benchmarks.common.samples import Array
-from benchmarks.study.config import OURS, ROWWISE, STREAM, Arm, Setting
+from benchmarks.study.config import OURS, ROWWISE, STREAM, Arm, Setting, Variant
 from benchmarks.study.search import DIVERGED, Result, Results, Sweep
 
 RESAMPLES: Final = 1000
@@ -130,56 +131,46 @@ def share_to_target(curve: Array, target: float) -> float | None:
     return float((last + 1 + part) / len(curve))
 
 
-def samples_to_target(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:
-    """Share of the stream's samples after which our AUC so far stays above their last one.
-
-    Of the mean over the seeds; None: never, or a run diverged.
-    """
-    if not all(result["measures"] for result in (*ours, *theirs)):
-        return None
-    mine, other = (np.mean([curve(r) for r in runs], axis=0) for runs in (ours, theirs))
-    return share_to_target(mine, float(other[-1]))
-
-
 class Known:
     """What has been run of a form's settings.
 
     Attributes:
+        all: name -> setting.
         settings: those in which row-wise Adagrad and another arm have been judged.
     """
 
     def __init__(self, results: Results, settings: Iterable[Setting]) -> None:
         self.results = results
-        self._judged: dict[tuple[str, str, int | None], list[Result]] = {}
-        self._best: dict[tuple[str, str], Any] = {}
+        self.best = functools.cache(self._best)
+        self.runs = functools.cache(self._runs)
+        self.gain = functools.cache(self._gain)
+        self.gain_at = functools.cache(self._gain_at)
         self.all = {setting.name: setting for setting in settings}
         self.settings = [s for s in self.all.values() if self.runs(s, ROWWISE) and self.others(s)]
 
     def others(self, setting: Setting) -> list[Arm]:
         return [arm for arm in setting.arms if arm != ROWWISE and self.runs(setting, arm)]
 
-    def best(self, setting: Setting, arm: Arm) -> Any:
+    def _best(self, setting: Setting, arm: Arm) -> tuple[Variant, int] | None:
         """The best variant and exponent of lr; None while they are searched for."""
-        key = (setting.name, arm.label)
-        if key not in self._best:
-            self._best[key] = Sweep(setting, arm).best(self.results)
-        return self._best[key]
+        return Sweep(setting, arm).best(self.results)
 
-    def runs(self, setting: Setting, arm: Arm, exponent: int | None = None) -> list[Result]:
+    def _runs(self, setting: Setting, arm: Arm, exponent: int | None = None) -> list[Result]:
         """A result a seed, at the best lr or at another; none where that was not run."""
-        key = (setting.name, arm.label, exponent)
-        if key not in self._judged:
-            self._judged[key] = Sweep(setting, arm).judged(self.results, exponent)
-        return self._judged[key]
+        best = self.best(setting, arm)
+        if best is None:
+            return []
+        sweep = Sweep(setting, arm)
+        return sweep.judged(self.results, best[0], best[1] if exponent is None else exponent)
 
-    def gain(
+    def _gain(
         self, setting: Setting, measure: str, ours: Arm = OURS, theirs: Arm = ROWWISE
     ) -> Difference | None:
         """AUC of an arm less that of another, each at its best; None where one was not run."""
         pair = self.runs(setting, ours), self.runs(setting, theirs)
         return difference(*pair, measure) if all(pair) else None
 
-    def gain_at(
+    def _gain_at(
         self, setting: Setting, measure: str, steps: int, *, same: bool
     ) -> Difference | None:
         """The same so many grid steps of lr above the best one of each.
@@ -187,22 +178,20 @@ class Known:
         Args:
             same: above row-wise Adagrad's best lr, for both arms.
         """
-        best = self.best(setting, OURS), self.best(setting, ROWWISE)
-        if None in best:
+        mine, other = self.best(setting, OURS), self.best(setting, ROWWISE)
+        if mine is None or other is None:
             return None
-        theirs = best[1][1] + steps
-        ours = theirs if same else best[0][1] + steps
-        pair = self.runs(setting, OURS, ours), self.runs(setting, ROWWISE, theirs)
-        return difference(*pair, measure) if all(pair) else None
+        ours = self.runs(setting, OURS, (other if same else mine)[1] + steps)
+        theirs = self.runs(setting, ROWWISE, other[1] + steps)
+        return difference(ours, theirs, measure) if ours and theirs else None
 
-    def by_lr(self, setting: Setting, arm: Arm) -> dict[int, float]:
-        """Exponent -> AUC of the first measure, mean over the seeds, where runs were judged."""
-        best = self.best(setting, arm)
-        if best is None:
-            return {}
-        found = {}
-        for exponent in range(best[1] - 12, best[1] + 13):
-            if runs := self.runs(setting, arm, exponent):
-                aucs = [figure(run, setting.measures[0]) for run in runs]
-                found[exponent] = statistics.fmean(aucs)
-        return found
+    def share(self, setting: Setting, arm: Arm) -> float | None:
+        """Share of the stream after which an arm's AUC so far stays above row-wise Adagrad's last.
+
+        Of the mean over the seeds; None: never, or no stream, or a run diverged.
+        """
+        ours, theirs = self.runs(setting, arm), self.runs(setting, ROWWISE)
+        if not ours or not all(STREAM in run["measures"] for run in (*ours, *theirs)):
+            return None
+        mine, other = (np.mean([curve(r) for r in runs], axis=0) for runs in (ours, theirs))
+        return share_to_target(mine, float(other[-1]))

@@ -120,8 +120,8 @@ class Setting:
 
     Attributes:
         samples: of the stream, where it is not the task's number.
-        seeds: of the initial weights and of random orders, the same for all arms.
-        search_seeds: of them, those by which options and lr are chosen.
+        seeds: of the initial weights and of random orders, the same for all arms. The first one
+            chooses options and lr.
         stressed: whether stressed arms are tried at other lr than the best.
     """
 
@@ -131,11 +131,10 @@ class Setting:
     arms: tuple[Arm, ...] = MAIN
     samples: int | None = None
     seeds: int = 3
-    search_seeds: int = 2
     shuffled: bool = False
     stressed: bool = True
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         size = f", {self.samples:,} samples" if self.samples else ""
         return f"{self.task}, {self.model}, batch {self.batch_size}{size}"
@@ -145,49 +144,42 @@ class Setting:
         return (FIRST_EPOCH, SECOND_EPOCH) if self.shuffled else (STREAM, AFTER)
 
 
-def _settings(*arms: Arm) -> dict[str, Setting]:
-    settings = [
-        Setting(task, model, size, arms, samples, shuffled=TASKS[task].shuffled)
-        for task, model, size, samples in (
-            ("coupons", "DLRM", 1024, None),
-            ("coupons", "FM", 1024, None),
-            ("coupons", "DLRM", 256, None),
-            ("coupons", "FM", 256, None),
-            ("coupons", "DLRM", 8192, 400_000),
-            ("discounts", "DLRM", 1024, None),
-            ("discounts", "DLRM", 4096, 1_200_000),
-            ("flights", "DLRM", 1024, None),
-            ("flights", "FM", 1024, None),
-            ("ratings in time", "DLRM", 256, None),
-            ("ratings in time", "FM", 256, None),
-            ("ratings shuffled", "DLRM", 256, None),
-            ("ratings shuffled", "FM", 256, None),
-            ("ratings shuffled", "FM", 4096, None),
-            ("planted clicks", "DLRM", 512, None),
-        )
-    ]
-    return {setting.name: setting for setting in settings}
+_SETTINGS = """\
+coupons, DLRM, 1024
+coupons, FM, 1024
+coupons, DLRM, 256
+coupons, FM, 256
+coupons, DLRM, 8192, 400000
+discounts, DLRM, 1024
+discounts, DLRM, 4096, 1200000
+flights, DLRM, 1024
+flights, FM, 1024
+ratings in time, FM, 256
+ratings in time, DLRM, 256
+ratings shuffled, FM, 256
+ratings shuffled, FM, 4096
+ratings shuffled, DLRM, 256
+planted clicks, DLRM, 512
+"""
+_QUICK = (0, 1, 5, 7, 9, 10, 11, 14)
+_WITH_BASELINES = (0, 7, 11)
 
 
-_MAIN, _MORE = _settings(*MAIN), _settings(*MAIN, *ABLATIONS)
-_ALL = _settings(*MAIN, *ABLATIONS, *OPTIONS, *BASELINES)
-QUICK_NAMES = (
-    "coupons, DLRM, batch 1024",
-    "coupons, FM, batch 1024",
-    "discounts, DLRM, batch 1024",
-    "flights, DLRM, batch 1024",
-    "ratings in time, FM, batch 256",
-    "ratings in time, DLRM, batch 256",
-    "ratings shuffled, FM, batch 256",
-    "planted clicks, DLRM, batch 512",
-)
-CHOOSING = (
-    "flights, DLRM, batch 1024",
-    "ratings in time, FM, batch 256",
-    "ratings in time, DLRM, batch 256",
-    "ratings shuffled, FM, batch 256",
-)
-JUDGING = tuple(name for name in QUICK_NAMES if name not in CHOOSING)
-QUICK = tuple(replace(_MAIN[name], search_seeds=1, stressed=False) for name in QUICK_NAMES)
-FULL = tuple(_ALL[name] if name in QUICK_NAMES else _MORE[name] for name in _MORE)
+def _setting(number: int, line: str) -> Setting:
+    task, model, size, *samples = line.split(", ")
+    arms = list(MAIN if samples else (*MAIN, *ABLATIONS))
+    arms += OPTIONS * (number in _QUICK) + BASELINES * (number in _WITH_BASELINES)
+    first = int(samples[0]) if samples else None
+    shuffled = TASKS[task].shuffled
+    return Setting(
+        task, model, int(size), tuple(arms), first, shuffled=shuffled, stressed=not samples
+    )
+
+
+FULL = tuple(_setting(number, line) for number, line in enumerate(_SETTINGS.splitlines()))
+QUICK = tuple(replace(FULL[number], arms=MAIN, stressed=False) for number in _QUICK)
 FORMS = {"quick": QUICK, "full": FULL}
+CHOOSING = tuple(
+    s.name for s in QUICK if s.task in ("flights", "ratings in time", "ratings shuffled")
+)
+JUDGING = tuple(s.name for s in QUICK if s.name not in CHOOSING)

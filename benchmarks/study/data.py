@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import flights, movielens, planted, retail
-from benchmarks.common.samples import Array, Samples, load, make, number
+from benchmarks.common.samples import Array, Samples, load
 from benchmarks.study.config import TASKS, Setting
 
 FIRST: Final = 0.4  # a search for lr trains on this part of a stream, and is judged by its half
@@ -128,34 +128,9 @@ def _read(name: str, folder: Path) -> dict[str, Samples]:
         return {name: flights.read(source)}
     if name == "ratings":
         movielens.fetch(source := folder / "ml-100k")
-        return {name: movielens_samples(source)}
+        return {name: movielens.samples(source)}
     planted.generate(CLICKS, source := folder / "clicks-4")
-    return {name: criteo_samples(source)}
-
-
-def movielens_samples(folder: Path) -> Samples:
-    """MovieLens in the order of time. The genres of a movie are one id."""
-    data = movielens.read(folder)
-    order = data.dense[:, 2].argsort(stable=True)  # the time of the rating, which is no feature
-    ids = data.ids[order]
-    features = {
-        name: number(ids[:, column].numpy())
-        for column, name in enumerate(data.tables)
-        if name != "genres"
-    }
-    of_item = torch.unique(data.genres, dim=0, return_inverse=True)[1]
-    features["genres"] = number(of_item[ids[:, list(data.tables).index("item")]].numpy())
-    return make(features, data.labels[order].numpy(), data.dense[order, :2].double().numpy())
-
-
-def criteo_samples(folder: Path) -> Samples:
-    """Criteo npy files, a day after the other."""
-    dense, sparse, labels = (
-        np.concatenate([np.load(path) for path in sorted(folder.glob(f"*_{kind}.npy"))])
-        for kind in ("dense", "sparse", "labels")
-    )
-    features = {f"cat_{column}": number(ids) for column, ids in enumerate(sparse.T)}
-    return make(features, labels.ravel(), dense)
+    return {name: planted.samples(source)}
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,9 +8,9 @@ import numpy as np
 from benchmarks.pictures import GREY, picture
 from benchmarks.study.compare import Known, curve
 from benchmarks.study.config import OURS, ROWWISE, TUNED, Setting
-from benchmarks.study.search import lr_at
 
 COLOURS: Final = {OURS.label: "#d55e00", ROWWISE.label: "#0072b2", TUNED.label: "#009e73"}
+WHEN: Final = ("in the stream (epoch 1)", "after it (epoch 2)")
 DIFFERENCES: Final = (
     "AUC of FrequencySGD less that of row-wise Adagrad, and less that of row-wise Adagrad with eps "
     "tuned, with 95 % intervals, a row a task"
@@ -28,22 +28,14 @@ def draw(known: Known, folder: Path) -> dict[str, str]:
         with picture(folder / "stream.png") as figure:
             for panel, setting in _panels(figure, streams):
                 _stream(panel, known, setting)
-    stressed = [s for s in known.settings if len(known.by_lr(s, ROWWISE)) > 1]
-    if stressed:
-        drawn["lr"] = "AUC by lr, a panel a task"
-        with picture(folder / "lr.png") as figure:
-            for panel, setting in _panels(figure, stressed):
-                for arm in (OURS, ROWWISE):
-                    found = known.by_lr(setting, arm)
-                    x = [lr_at(exponent) for exponent in found]
-                    panel.plot(x, list(found.values()), ".-", color=COLOURS[arm.label])
-                panel.set(xscale="log", xlabel="lr", title=setting.name)
+            lines = panel.get_legend_handles_labels()
+            figure.legend(*lines, loc="outside lower center", ncols=2)
     return drawn
 
 
 def _differences(figure: Any, known: Known) -> None:
     """One row a setting; round: the first measure, square: the second."""
-    figure.set_size_inches(7.5, 1.2 + 0.42 * len(known.settings))
+    figure.set_size_inches(8.5, 1.2 + 0.42 * len(known.settings))
     panel = figure.subplots()
     marks: dict[str, Any] = {}
     for row, setting in enumerate(known.settings):
@@ -63,12 +55,11 @@ def _differences(figure: Any, known: Known) -> None:
                     color=COLOURS[other.label],
                     markerfacecolor=COLOURS[other.label] if place == 0 else "none",
                 )
-                when = ("predict-then-train, or epoch 1", "after the stream, or epoch 2")[place]
-                marks[f"{other.label}: {when}"] = bar
+                marks[f"less {other.label}, {WHEN[place]}"] = bar
     panel.axvline(0, color=GREY, linewidth=1)
     panel.set_yticks(range(len(known.settings)), [setting.name for setting in known.settings])
     panel.invert_yaxis()
-    panel.set_xlabel("AUC of FrequencySGD less that of (right: FrequencySGD is better)")
+    panel.set_xlabel("AUC of FrequencySGD less AUC of another (right: FrequencySGD is better)")
     figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=2)
 
 

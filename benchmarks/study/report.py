@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 
 from benchmarks.study import config, figures, verdict
-from benchmarks.study.compare import Difference, Known, figure, samples_to_target
-from benchmarks.study.config import OURS, ROWWISE, TASKS, TUNED, Arm, Setting
+from benchmarks.study.compare import Difference, Known, figure
+from benchmarks.study.config import OURS, ROWWISE, STREAM, TASKS, TUNED, Arm, Setting
 from benchmarks.study.search import STRESS, Results, lr_at
 
 Table = list[list[str]]
@@ -38,9 +38,13 @@ No data are in the repository; the study fetches them from packages of the packa
 - Planted clicks are made by `benchmarks/common/planted.py`."""
 
 
+def head(columns: str) -> Table:
+    return [columns.split(" | ")]
+
+
 def markdown(table: Table) -> str:
-    head, *rows = table
-    lines = [head, ["---"] * len(head), *rows]
+    first, *rows = table
+    lines = [first, ["---"] * len(first), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -57,65 +61,42 @@ def mean(known: Known, setting: Setting, arm: Arm, measure: str, name: str = "au
 
 
 def differences_table(known: Known) -> Table:
-    table = [
-        [
-            "task",
-            "measure",
-            "AUC, row-wise Adagrad",
-            "FrequencySGD less row-wise Adagrad",
-            "less row-wise Adagrad with eps tuned",
-            "NE less row-wise Adagrad's",
-        ]
-    ]
+    table = head(
+        "task | measure | AUC, row-wise Adagrad | FrequencySGD less row-wise Adagrad | "
+        "less row-wise Adagrad with eps tuned | NE less row-wise Adagrad's"
+    )
     for setting in known.settings:
         for measure in setting.measures:
             ours, theirs = (mean(known, setting, arm, measure, "ne") for arm in (OURS, ROWWISE))
-            table.append(
-                [
-                    setting.name,
-                    measure,
-                    f"{mean(known, setting, ROWWISE, measure):.4f}",
-                    text(known.gain(setting, measure)),
-                    text(known.gain(setting, measure, theirs=TUNED)),
-                    f"{ours - theirs:+.4f}",
-                ]
-            )
+            row = [setting.name, measure, f"{mean(known, setting, ROWWISE, measure):.4f}"]
+            row += [text(known.gain(setting, measure, OURS, other)) for other in (ROWWISE, TUNED)]
+            table.append([*row, f"{ours - theirs:+.4f}"])
     return table
 
 
 def target_table(known: Known) -> Table:
-    table = [["target", "met", "worst case", "where"]]
-    for target in verdict.targets(known):
-        table.append([target.text, "yes" if target.met else "**no**", target.worst, target.where])
+    table = head("target | met | worst case | where")
+    for name, met, worst, where in verdict.targets(known):
+        table.append([name, "yes" if met else "**no**", worst, where])
     return table
 
 
 def samples_table(known: Known) -> Table:
-    table = [["task", "FrequencySGD", "row-wise Adagrad with eps tuned"]]
+    table = [["task", OURS.label, TUNED.label]]
     for setting in known.settings:
+        shares = [known.share(setting, arm) for arm in (OURS, TUNED)]
+        cells = ["never" if share is None else f"{share:.0%}" for share in shares]
         if not setting.shuffled:
-            cells = []
-            for arm in (OURS, TUNED):
-                runs = known.runs(setting, arm)
-                share = samples_to_target(runs, known.runs(setting, ROWWISE)) if runs else None
-                cells.append("never" if share is None else f"{share:.0%}")
-                cells[-1] = cells[-1] if runs else ""
             table.append([setting.name, *cells])
     return table
 
 
 def lr_table(known: Known) -> Table:
     """Both arms at other lr; a row a setting where that was run."""
-    table = [
-        [
-            "task",
-            *(
-                f"both at {name or ''} row-wise Adagrad's best lr"
-                for name in ("a third of", "", "3 times", "10 times")
-            ),
-            *(f"each at {name} its best" for name in STRESS),
-        ]
-    ]
+    table = head(
+        "task | both at a third of row-wise Adagrad's best lr | at that | at 3 times | "
+        "at 10 times | each at a third of its best lr | at 3 times | at 10 times"
+    )
     for setting in known.settings:
         first = setting.measures[0]
         cells = [known.gain_at(setting, first, n, same=True) for n in (-2, 0, 2, 4)]
@@ -147,16 +128,10 @@ def arms_table(known: Known, setting: Setting) -> Table:
 def deciles_table(known: Known, setting: Setting) -> Table:
     """By the count of a sample's rarest id: AUC and log loss of the last measure, less theirs."""
     measure = setting.measures[1]
-    table = [
-        [
-            "occurrences of the rarest id",
-            "samples",
-            "AUC, row-wise Adagrad",
-            "difference",
-            "log loss, row-wise Adagrad",
-            "difference",
-        ]
-    ]
+    table = head(
+        "occurrences of the rarest id | samples | AUC, row-wise Adagrad | difference | "
+        "log loss, row-wise Adagrad | difference"
+    )
     pair = [known.runs(setting, arm) for arm in (OURS, ROWWISE)]
     if not all(pair) or any(measure not in run["measures"] for runs in pair for run in runs):
         return table
@@ -174,18 +149,15 @@ def deciles_table(known: Known, setting: Setting) -> Table:
     return table
 
 
-def options_table(known: Known, arms: Iterable[Arm], base: Arm, names: Iterable[str]) -> Table:
-    """What candidates gain over a base, a row a setting and measure."""
-    columns = list(arms)
-    table = [["task", *(arm.label for arm in columns)]]
-    for name in names:
-        setting = known.all[name]
-        if setting not in known.settings:
-            continue
+def options_table(known: Known, names: Iterable[str]) -> Table:
+    """What options gain over the default ones, a row a setting and measure."""
+    arms = config.OPTIONS
+    table = [["task", *(arm.label for arm in arms)]]
+    for setting in (known.all[name] for name in names if name in known.all):
         for measure in setting.measures:
-            gains = [known.gain(setting, measure, arm, base) for arm in columns]
+            gains = [known.gain(setting, measure, arm, OURS) for arm in arms]
             if any(gain is not None for gain in gains):
-                table.append([f"{name}: {measure}", *map(text, gains)])
+                table.append([f"{setting.name}: {measure}", *map(text, gains)])
     return table
 
 
@@ -227,19 +199,17 @@ def _document(known: Known, drawn: dict[str, str], title: str) -> Iterator[str]:
     lr = lr_table(known)
     if len(lr) > 1:
         yield "## How much the choice of lr matters"
-        yield pictures.get("lr", "")
+        yield f"In {STREAM}, or after the first epoch."
         yield markdown(lr)
     if public:
         yield "## What settles the defaults"
         yield (config.__doc__ or "").split("\n\n", 1)[1].strip()
         yield "\n".join(verdict.choices(known))
-        priors, others = config.PRIORS.values(), config.OPTIONS[len(config.PRIORS) :]
-        for names in (config.CHOOSING, config.JUDGING):
-            title = "choosing" if names == config.CHOOSING else "judging"
-            for arms, base in (((OURS, *priors), ROWWISE), (others, OURS)):
-                table = options_table(known, arms, base, names)
-                if len(table) > 1:
-                    yield f"Less {base.label}, {title} settings:\n\n{markdown(table)}"
+        for title, names in (("choosing", config.CHOOSING), ("judging", config.JUDGING)):
+            table = options_table(known, names)
+            if len(table) > 1:
+                yield f"Less {OURS.label} as it is by default, {title} settings:"
+                yield markdown(table)
     for setting in known.settings:
         yield f"## {setting.name}"
         yield TASKS[setting.task].about.capitalize() + "." if setting.task in TASKS else ""
@@ -251,8 +221,8 @@ def _document(known: Known, drawn: dict[str, str], title: str) -> Iterator[str]:
     if public:
         yield "## Data"
         yield DATA
-    yield "## Not run"
-    yield "\n".join(_not_run(known)) or "Nothing is missing."
+    yield "## Not run\n\nFBGEMM has Adam on CUDA only."
+    yield "\n".join(_not_run(known)) or "Nothing else is missing."
 
 
 def _not_run(known: Known) -> Iterator[str]:

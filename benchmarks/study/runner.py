@@ -81,7 +81,7 @@ class _Part:
             return known
         setting, arm = self.sweep.setting, self.sweep.arm
         judged = 1 + len(STRESS) * (setting.stressed and arm.stressed)
-        search = (TRIED * len(arm.variants) + TRIED // 2) * setting.search_seeds * self._search
+        search = (TRIED * len(arm.variants) + TRIED // 2) * self._search
         return max(known, search + judged * setting.seeds * self._whole - self.done)
 
 

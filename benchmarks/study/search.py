@@ -1,7 +1,6 @@
 """The results file, and the search for lr: one log grid, walked until the best lies inside."""
 
 import json
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,17 +121,16 @@ class Sweep:
     reference: Arm | None = None
 
     def _runs(self, variant: Variant, exponent: int, whole: bool) -> list[Run]:
-        seeds = range(self.setting.seeds if whole else self.setting.search_seeds)
+        seeds = range(self.setting.seeds if whole else 1)
         return [Run(self.setting, variant, lr_at(exponent), seed, whole) for seed in seeds]
 
     def scores(self, results: Results, variant: Variant) -> dict[int, float]:
-        """Exponent -> mean over the seeds of what lr is chosen by, where all have been run."""
+        """Exponent -> what lr is chosen by, where it has been run."""
         found = {}
         for exponent in range(LOWEST, HIGHEST + 1):
-            known = [results.get(run) for run in self._runs(variant, exponent, whole=False)]
-            figures = [DIVERGED if r["by"] is None else r["by"] for r in known if r is not None]
-            if len(figures) == len(known):
-                found[exponent] = statistics.fmean(figures)
+            (run,) = self._runs(variant, exponent, whole=False)
+            if (result := results.get(run)) is not None:
+                found[exponent] = DIVERGED if result["by"] is None else result["by"]
         return found
 
     def _search(self, results: Results) -> tuple[list[Run], tuple[Variant, int] | None]:
@@ -159,16 +157,9 @@ class Sweep:
         """The best variant and the exponent of its lr; None while the search is not over."""
         return self._search(results)[1]
 
-    def judged(self, results: Results, exponent: int | None = None) -> list[Result]:
-        """A result a seed of whole runs; none where they have not been run.
-
-        Args:
-            exponent: of lr; None: the best.
-        """
-        best = self.best(results)
-        if best is None:
-            return []
-        runs = self._runs(best[0], best[1] if exponent is None else exponent, whole=True)
+    def judged(self, results: Results, variant: Variant, exponent: int) -> list[Result]:
+        """A result a seed of whole runs; none where they have not been run."""
+        runs = self._runs(variant, exponent, whole=True)
         known = [result for run in runs if (result := results.get(run)) is not None]
         return known if len(known) == len(runs) else []
 

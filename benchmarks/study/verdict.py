@@ -1,10 +1,11 @@
 """The targets, and the rules that settle the defaults; both were written before the runs."""
 
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from benchmarks.study.compare import Difference, Known, samples_to_target
+from benchmarks.study.compare import Difference, Known
 from benchmarks.study.config import (
     ADMISSIONS,
     AFTER,
@@ -30,113 +31,95 @@ class Case(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A difference that must be at least, or a share that must be at most, so much."""
+    """What FrequencySGD must be ahead by, at least, in each case.
+
+    Attributes:
+        tasks: beginnings of the settings' names.
+        measures: none: both of a setting.
+        steps: grid steps above row-wise Adagrad's best lr, both arms there; none: each at its best.
+    """
 
     text: str
-    met: bool
-    worst: str
-    where: str
+    least: float
+    tasks: tuple[str, ...] = ("",)
+    measures: tuple[str, ...] = ()
+    theirs: Arm = ROWWISE
+    steps: tuple[int, ...] = ()
+
+    def cases(self, known: Known) -> list[Case]:
+        if not self.steps:
+            return cases(known, self.tasks, self.measures, theirs=self.theirs)
+        return [
+            Case(f"{setting.name}: {setting.measures[0]}", gain)
+            for setting in known.settings
+            for steps in self.steps
+            if (gain := known.gain_at(setting, setting.measures[0], steps, same=True)) is not None
+        ]
+
+
+_COUPONS = ("coupons, DLRM, batch 256", "coupons, DLRM, batch 1024")
+TARGETS = (
+    Target("coupons, DLRM, batch 256 and 1024: ahead by 0.007", 0.007, _COUPONS),
+    Target("coupons, FM: ahead by 0.009", 0.009, ("coupons, FM",)),
+    Target("coupons, batch 8192: ahead by 0.003", 0.003, ("coupons, DLRM, batch 8192",)),
+    Target("discounts: ahead by 0.0015", 0.0015, ("discounts",)),
+    Target("flights: ahead by 0.002", 0.002, ("flights",)),
+    Target("ratings shuffled: at most 0.0005 behind", -0.0005, ("ratings shuffled",)),
+    Target("the same, second epoch: ahead", 0.0, ("ratings shuffled",), (SECOND_EPOCH,)),
+    Target("ratings in time, in the stream: not behind", 0.0, ("ratings in time",), (STREAM,)),
+    Target("the same, after: at most 0.003 behind", -0.003, ("ratings in time",), (AFTER,)),
+    Target("planted clicks: ahead by 0.008", 0.008, ("planted",)),
+    Target("everywhere: at most 0.003 behind", -0.003),
+    Target("the same at row-wise Adagrad's best lr", -0.003, steps=(0,)),
+    Target("at 1/3, 1, 3 and 10 times that: at most 0.001 behind", -0.001, steps=(-2, 0, 2, 4)),
+    Target("at 3 and 10 times that: ahead", 0.0, steps=(2, 4)),
+    Target("beside eps tuned: at most 0.003 behind", -0.003, theirs=TUNED),
+)
 
 
 def cases(
     known: Known,
-    tasks: str | Sequence[str] = "",
-    measures: Iterable[str] = (),
+    tasks: tuple[str, ...],
+    measures: tuple[str, ...] = (),
     ours: Arm = OURS,
     theirs: Arm = ROWWISE,
 ) -> list[Case]:
-    """What an arm gains in the settings whose names begin so.
+    """What an arm gains in the settings whose names begin so; see `Target`."""
+    return [
+        Case(f"{setting.name}: {measure}", gain)
+        for setting in known.settings
+        if setting.name.startswith(tasks)
+        for measure in measures or setting.measures
+        if (gain := known.gain(setting, measure, ours, theirs)) is not None
+    ]
 
-    Args:
-        measures: none: both of a setting.
-    """
+
+def targets(known: Known) -> list[tuple[str, bool, str, str]]:
+    """Of each target of which there is a case: text, whether met, the worst case, and where."""
     found = []
-    for setting in known.settings:
-        for measure in measures or setting.measures:
-            if setting.name.startswith(tasks if isinstance(tasks, str) else tuple(tasks)):
-                gain = known.gain(setting, measure, ours, theirs)
-                if gain is not None and measure in setting.measures:
-                    found.append(Case(f"{setting.name}: {measure}", gain))
-    return found
-
-
-def cases_at(known: Known, steps: int, *, same: bool) -> list[Case]:
-    """What is gained in each setting's first measure at another lr, see `Known.gain_at`."""
-    found = []
-    for setting in known.settings:
-        gain = known.gain_at(setting, setting.measures[0], steps, same=same)
-        if gain is not None:
-            found.append(Case(f"{setting.name}: {setting.measures[0]}", gain))
-    return found
-
-
-def targets(known: Known) -> list[Target]:
-    """Each target of which there is a case, with the worst one."""
-    beside_tuned = cases(known, theirs=TUNED)
-    at_theirs = [case for steps in (-2, 0, 2, 4) for case in cases_at(known, steps, same=True)]
-    beyond = [case for steps in (2, 4) for case in cases_at(known, steps, same=True)]
-    wanted = (
-        (
-            "coupons, DLRM, batch 256 and 1024: ahead by 0.007",
-            0.007,
-            cases(known, ("coupons, DLRM, batch 256", "coupons, DLRM, batch 1024")),
-        ),
-        ("coupons, FM: ahead by 0.009", 0.009, cases(known, "coupons, FM")),
-        ("coupons, batch 8192: ahead by 0.003", 0.003, cases(known, "coupons, DLRM, batch 8192")),
-        ("discounts: ahead by 0.0015", 0.0015, cases(known, "discounts")),
-        ("flights: ahead by 0.002", 0.002, cases(known, "flights")),
-        ("ratings shuffled: at most 0.0005 behind", -0.0005, cases(known, "ratings shuffled")),
-        (
-            "ratings shuffled, second epoch: ahead",
-            0.0,
-            cases(known, "ratings shuffled", [SECOND_EPOCH]),
-        ),
-        (
-            "ratings in time, predict-then-train: not behind",
-            0.0,
-            cases(known, "ratings in time", [STREAM]),
-        ),
-        (
-            "ratings in time, after: at most 0.003 behind",
-            -0.003,
-            cases(known, "ratings in time", [AFTER]),
-        ),
-        ("planted clicks: ahead by 0.008", 0.008, cases(known, "planted")),
-        ("everywhere: at most 0.003 behind", -0.003, cases(known)),
-        ("the same at row-wise Adagrad's best lr", -0.003, cases_at(known, 0, same=True)),
-        ("at a third of, 1, 3 and 10 times that lr: at most 0.001 behind", -0.001, at_theirs),
-        ("at 3 and 10 times that lr: ahead", 0.0, beyond),
-        ("beside row-wise Adagrad with eps tuned: at most 0.003 behind", -0.003, beside_tuned),
-    )
-    found = []
-    for text, least, those in wanted:
-        if those:
+    for target in TARGETS:
+        if those := target.cases(known):
             worst = min(those, key=lambda case: case.found.mean)
-            found.append(Target(text, worst.found.mean >= least, str(worst.found), worst.where))
-    if beside_tuned:
-        mean = statistics.fmean(case.found.mean for case in beside_tuned)
-        text = "beside row-wise Adagrad with eps tuned: mean difference at least 0"
-        found.append(Target(text, mean >= 0, f"{mean:+.4f}", "mean of all"))
-    shares = coupon_shares(known)
+            met = worst.found.mean >= target.least
+            found.append((target.text, met, str(worst.found), worst.where))
+    if tuned := cases(known, ("",), theirs=TUNED):
+        mean = statistics.fmean(case.found.mean for case in tuned)
+        found.append(("beside eps tuned: mean at least 0", mean >= 0, f"{mean:+.4f}", "all"))
+    shares = {
+        setting.name: known.share(setting, OURS)
+        for setting in known.settings
+        if setting.task == "coupons"
+    }
     if shares:
-        where, share = max(shares.items(), key=lambda item: item[1])
-        text = "coupons, samples to row-wise Adagrad's last AUC: at most 88 %"
-        found.append(Target(text, share <= 0.88, f"{share:.0%}", where))
+        worst_share, where = max((share or math.inf, name) for name, share in shares.items())
+        text = "coupons: at most 88 % of the samples to row-wise Adagrad's last AUC"
+        found.append((text, worst_share <= 0.88, f"{worst_share:.0%}", where))
     return found
 
 
-def coupon_shares(known: Known) -> dict[str, float]:
-    """Share of the samples in each setting of the coupons; more than 1 where never."""
-    found = {}
-    for setting in known.settings:
-        if setting.task == "coupons" and (ours := known.runs(setting, OURS)):
-            share = samples_to_target(ours, known.runs(setting, ROWWISE))
-            found[setting.name] = float("inf") if share is None else share
-    return found
-
-
-def over(known: Known, arm: Arm, tasks: Sequence[str], base: Arm) -> list[Difference]:
-    return [case.found for case in cases(known, tasks, ours=arm, theirs=base)]
+def over(known: Known, arm: Arm, base: Arm) -> list[float]:
+    """What an arm gains over another on the choosing settings."""
+    return [case.found.mean for case in cases(known, CHOOSING, ours=arm, theirs=base)]
 
 
 def complete(known: Known, arms: Iterable[Arm]) -> bool:
@@ -150,7 +133,7 @@ def settle_prior_count(known: Known) -> int | None:
     arms = {10: OURS, **PRIORS}
     if not complete(known, (ROWWISE, *arms.values())):
         return None
-    gains = {n: [d.mean for d in over(known, arm, CHOOSING, ROWWISE)] for n, arm in arms.items()}
+    gains = {n: over(known, arm, ROWWISE) for n, arm in arms.items()}
     means = {n: statistics.fmean(found) for n, found in gains.items()}
     passed = [n for n, found in gains.items() if min(found) >= -PRIOR_BEHIND]
     better = [n for n in passed if means[n] > means[10] + PRIOR_AHEAD]
@@ -161,7 +144,7 @@ def settle_options(known: Known, candidates: dict[int, Arm]) -> list[int] | None
     """The values that the rule allows; None while not all have been judged."""
     if not complete(known, (OURS, *candidates.values())):
         return None
-    found = {n: [d.mean for d in over(known, arm, CHOOSING, OURS)] for n, arm in candidates.items()}
+    found = {n: over(known, arm, OURS) for n, arm in candidates.items()}
     return [
         n
         for n, gains in found.items()

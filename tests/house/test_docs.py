@@ -38,6 +38,7 @@ from programs import run
 from ranks import on_ranks
 from torch.distributed.run import parse_args as parse_torchrun
 
+from benchmarks.study.__main__ import parse as parse_study
 from examples.criteo.settings import parse as parse_settings
 from torchrec_freq import FrequencyConfig, _versions, planner
 from torchrec_freq import __main__ as command_line
@@ -180,10 +181,19 @@ def sbatch(command: str) -> None:
     settings_of_training(command)
 
 
+def study_of_a_file(command: str) -> None:
+    """The command's arguments are known."""
+    parse_study(shlex.split(command)[3:])
+
+
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"make (setup|demo|study|study-full|bench|gpu|test|test-all|test-next|docs|wheel)\b.*": (
         "takes minutes, and a package index or data from the network",
         make_target,
+    ),
+    r"python -m benchmarks\.study file .*": (
+        "takes a file of yours; tests/benchmarks makes some",
+        study_of_a_file,
     ),
     r"python -m benchmarks\.bench .*": (
         "takes a minute, or a GPU; tests/benchmarks rehearses it",
