@@ -190,13 +190,12 @@ def test_rows_by_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     check_table(load(tmp_path / "by file"), whole_state(is_ours=False), kept, "item item")
 
 
-# (optimizer, ranks and hosts, plan) of the run that saves, and of the one that loads.
+# Optimizer; ranks and plan of the run that saves, and of the one that loads.
 MOVES = [
-    (RowWiseAdagrad, (4, 1), "four columns", (2, 1), "row_wise"),
-    (FrequencySGD, (4, 1), "four columns", (2, 1), "row_wise"),
-    (RowWiseAdagrad, (2, 1), "column_wise", (2, 1), "column_wise"),
-    (FrequencySGD, (2, 1), "column_wise", (2, 1), "column_wise"),
-    (RowWiseAdagrad, (2, 1), "row_wise", (1, 1), "table_wise"),
+    (FrequencySGD, 4, "four columns", 2, "row_wise"),
+    (FrequencySGD, 2, "column_wise", 2, "column_wise"),
+    (RowWiseAdagrad, 2, "column_wise", 2, "column_wise"),
+    (RowWiseAdagrad, 2, "row_wise", 1, "table_wise"),
 ]
 # New rows: the old ones, or -1.
 TAKEN = {"a": [11, 3, -1, 0], "b": list(range(7)), "c": [*range(30), -1, -1, -1]}
@@ -254,9 +253,9 @@ def load_resized(folder: Path, optimizer: Any, plan: str, tolerance: float) -> N
 
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: f"{move[0].__name__}-{move[2]}-{move[4]}")
 def test_training_goes_on_under_another_plan(tmp_path: Path, move: Any) -> None:
-    optimizer, layout, plan, new_layout, new_plan = move
+    optimizer, ranks, plan, new_ranks, new_plan = move
     options = {"folder": tmp_path, "optimizer": optimizer}
-    run_on_ranks(layout[0], save_trained, {**options, "plan": plan}, hosts=layout[1])
+    run_on_ranks(ranks, save_trained, {**options, "plan": plan})
     flags = []
     for table, rows in TAKEN.items():
         mapping = np.full({"a": 12, "b": 7, "c": 30}[table], -1)
@@ -265,18 +264,14 @@ def test_training_goes_on_under_another_plan(tmp_path: Path, move: Any) -> None:
                 mapping[old] = new
         np.save(tmp_path / f"{table}.npy", mapping)
         flags += ["--map", f"{table}={tmp_path}/{table}.npy", "--rows", f"{table}={len(rows)}"]
-    if plan != new_plan and "column" in plan:
-        flags += ["--merge-columns"]
     assert run(tmp_path / "old", "-o", tmp_path / "new", *flags) == 0
     # A plan that does not split columns has one rate a row where there were several.
-    tolerance = 1e-2 if "--merge-columns" in flags else 1e-6
-    options = {"folder": tmp_path, "optimizer": optimizer, "tolerance": tolerance}
-    run_on_ranks(new_layout[0], load_resized, {**options, "plan": new_plan}, hosts=new_layout[1])
+    options["tolerance"] = 1e-6 if plan == new_plan or "column" not in plan else 1e-2
+    run_on_ranks(new_ranks, load_resized, {**options, "plan": new_plan})
     found = read_table_states(tmp_path / "new")
     for name, state in read_table_states(tmp_path / "old").items():
         expected = state.take(torch.tensor(TAKEN[name]))
-        torch.testing.assert_close(found[name].row_sums(), expected.row_sums())
-        assert torch.equal(found[name].counts, expected.counts)
+        torch.testing.assert_close(vars(found[name]), vars(expected), rtol=0, atol=0)
 
 
 MEMORY = """
@@ -372,7 +367,6 @@ def test_bad_input(
         np.save(tmp_path / f"{name}.npy", np.array(values))
     (tmp_path / "text.npy").write_text("1,2,3")
     save_counts(tmp_path / "short", {"item": torch.ones(3)})
-    bags = save(tmp_path / "groups", {**whole_state(), "groups": {"params": [weight_key("user")]}})
     collision = "x._managed_collision_modules.item.ids"
     ids = save(tmp_path / "collision", {**whole_state(), collision: torch.ones(2)})
     state = whole_state()
@@ -395,7 +389,7 @@ def test_bad_input(
         (["--budget", "20"], "'20' is not a size"),
         (["--budget", "47B"], "budget of 47 bytes has no room"),
         (["--budget", "1GB", "--rows", "item=3"], "--budget chooses .*leave out --rows"),
-        (["--rename", "item=user"], "already has .*user.weight; choose another"),
+        (["--rename", "item=user"], "already has a table of that name"),
         (["--rename", "item=a.b"], "'a.b' cannot be a table's name"),
         (["--map", f"item={tmp_path}/none.npy"], "none.npy"),
         (["--map", f"item={tmp_path}/text.npy"], "text.npy: no mapping of table 'item'"),
@@ -404,11 +398,13 @@ def test_bad_input(
         (["--map", f"item={tmp_path}/floats.npy"], "whole numbers"),
         (["--map", f"item={tmp_path}/wide.npy"], r"each of 20 rows; got \[1, 1\]"),
         (["--map", f"user={tmp_path}/good.npy"], r"each of 10 rows; got \[20\]"),
-        (["--keep", "item=2", "--counts", tmp_path / "short"], "3 rows of table 'item'.*has 20"),
+        (
+            ["--keep", "item=2", "--counts", tmp_path / "short"],
+            "3 counts of table 'item', which has 20",
+        ),
         (["--keep", "item=2", "--counts", tmp_path / "none"], "none: no such file"),
         ([tmp_path / "none", *SHRINK], "not a whole checkpoint"),
         ([damaged, *SHRINK], "distcp is truncated"),
-        ([bags, "--rename", "user=member"], "has the table's old name in it"),
         ([ids, *SHRINK], "ids gives ids their rows"),
         ([odd, *SHRINK], r"odd is \[5\], neither"),
         ([*SHRINK, "-o", old], "Exists already; name a new folder"),

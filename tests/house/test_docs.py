@@ -199,6 +199,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "takes a minute, or a GPU; tests/benchmarks rehearses it",
         lambda command: program(re.sub(r" (tables|profile|\d+)\b", "", command)),
     ),
+    r"python -m benchmarks\.vocabulary.*": (
+        "takes minutes, and data from the network; tests/benchmarks runs it on a few ratings",
+        program,
+    ),
     r"python -m pytest tests/\S+": (
         "runs tests that run anyway",
         lambda command: require(ROOT / command.split()[-1]),

@@ -34,11 +34,12 @@ class StoredRows:
     def __init__(self, checkpoint: Checkpoint, keys: TableKeys) -> None:
         if keys.weight is None:
             raise ValueError(f"{checkpoint.folder} has no weights of table {keys.name!r}.")
-        self._checkpoint, self._weight = checkpoint, keys.weight
+        self._checkpoint = checkpoint
         self.table = keys.weight.split(".")[-2]
         self.rows, columns = checkpoint.size(keys.weight, 2)
         self._widths = checkpoint.widths(keys.weight) or (columns,)
-        self._shards = {key: self._shards_of(key, state) for state, key in keys.states.items()}
+        self._weight, states = keys.weight, keys.states.items()
+        self._shards = {key: self._shards_of(key, state) for state, key in states}
         for key in checkpoint.stored:
             if f"_managed_collision_modules.{self.table}." in key:
                 raise ValueError(
@@ -52,21 +53,14 @@ class StoredRows:
             for key in per_row
         )
 
-    @property
-    def keys(self) -> list[str]:
-        """The keys of the checkpoint that are the table's."""
-        return [self._weight, *self._shards]
-
-    @property
-    def is_split(self) -> bool:
-        """Whether there are column shards, and a state of each."""
-        return any(shards > 1 for shards in self._shards.values())
-
-    def new_key(self, key: str, name: str) -> str:
-        """A key as that of a table of another name."""
-        old = f"{self.table}.weight"
-        stem, _, state = key.rpartition(f"{old}.{self.table}.")
-        return f"{stem}{name}.weight.{name}.{state}" if stem else f"{key[: -len(old)]}{name}.weight"
+    def new_keys(self, name: str) -> dict[str, str]:
+        """All keys of the table, and what they are under another name of it."""
+        stem = self._weight.removesuffix(f"{self.table}.weight")
+        new = {self._weight: f"{stem}{name}.weight"}
+        for key in self._shards:
+            stem, _, state = key.rpartition(f"{self.table}.weight.{self.table}.")
+            new[key] = f"{stem}{name}.weight.{name}.{state}"
+        return new
 
     def write(
         self,
@@ -74,7 +68,6 @@ class StoredRows:
         name: str,
         rows: int,
         old_rows: Tensor | None,
-        merge_columns: bool,
         advance: Callable[[int], object],
     ) -> None:
         """Writes the table.
@@ -84,10 +77,9 @@ class StoredRows:
             rows: of the new table.
             old_rows: int64 [at most rows] the old row of each new one, -1 for a new id, as are the
                 rows behind them; None: the first rows, in their order.
-            merge_columns: write a single number a row where each column shard has one.
             advance: called with the bytes of each part.
         """
-        step = max(PART_BYTES // self.row_bytes, 1)
+        keys, step = self.new_keys(name), max(PART_BYTES // self.row_bytes, 1)
         for first in range(0, rows, step):
             part = torch.arange(first, min(first + step, rows))
             if old_rows is None:
@@ -96,46 +88,31 @@ class StoredRows:
                 known = old_rows[first : first + step]
                 part[: len(known)] = known
                 part[len(known) :] = -1
-            self._write_weights(writer, name, rows, first, part, merge_columns)
+            column, weights = 0, self._weights(part, first, rows)
+            # The widths of the parts say of which columns the optimizer's sums are.
+            for shard in weights.split(self._widths, dim=1):
+                values = shard.clone(memory_format=torch.contiguous_format)
+                writer.add(keys[self._weight], values, (first, column), (rows, weights.shape[1]))
+                column += shard.shape[1]
             for key, shards in self._shards.items():
-                values = [self._take(key, part, shard) for shard in range(shards)]
-                if shards > 1 and merge_columns:
-                    widths = torch.tensor(self._widths, dtype=torch.float32)
-                    values = [torch.stack(values, 1) @ (widths / widths.sum())]
-                for shard, value in enumerate(values):
-                    offsets = [shard * rows + first] + [0] * (value.dim() - 1)
-                    size = [len(values) * rows, *value.shape[1:]]
-                    writer.add(self.new_key(key, name), value, offsets, size)
+                for shard in range(shards):
+                    values = self._take(key, part, shard)
+                    offsets = [shard * rows + first] + [0] * (values.dim() - 1)
+                    writer.add(keys[key], values, offsets, (rows * shards, *values.shape[1:]))
             advance(len(part) * self.row_bytes)
         for key, shards in self._shards.items():
             if not shards:
-                stored = self._checkpoint.stored[key]
-                writer.copy(self.new_key(key, name), stored, self._checkpoint.raw(key))
+                writer.copy(keys[key], self._checkpoint.stored[key], self._checkpoint.raw(key))
 
-    def _write_weights(
-        self,
-        writer: CheckpointWriter,
-        name: str,
-        rows: int,
-        first: int,
-        part: Tensor,
-        merge_columns: bool,
-    ) -> None:
+    def _weights(self, part: Tensor, first: int, rows: int) -> Tensor:
+        """Weights of some rows of the new table; new ones as TorchRec makes them."""
         weights = self._take(self._weight, part, 0)
         new = part < 0
         if bool(new.any()):
-            # TorchRec's own; the same in each run.
-            random = torch.Generator().manual_seed(first)
-            bound = math.sqrt(1 / rows)
-            initial = torch.rand(int(new.sum()), weights.shape[1], generator=random)
-            weights[new] = ((2 * initial - 1) * bound).to(weights.dtype)
-        # The widths of the parts say how many column shards the sums are of.
-        widths = [weights.shape[1]] if merge_columns else list(self._widths)
-        column, size = 0, (rows, weights.shape[1])
-        for shard in weights.split(widths, dim=1):
-            values = shard.clone(memory_format=torch.contiguous_format)
-            writer.add(self.new_key(self._weight, name), values, (first, column), size)
-            column += shard.shape[1]
+            random = torch.Generator().manual_seed(first)  # the same in each run
+            initial = 2 * torch.rand(int(new.sum()), weights.shape[1], generator=random) - 1
+            weights[new] = (initial / math.sqrt(rows)).to(weights.dtype)
+        return weights
 
     def _take(self, key: str, rows: Tensor, shard: int) -> Tensor:
         """Some rows of a tensor, of one of the shards that lie behind each other; 0 for -1."""
@@ -150,10 +127,9 @@ class StoredRows:
     def _shards_of(self, key: str, state: str) -> int:
         """How often a state has a value for each row; 0 where it does not depend on the rows."""
         stored, shards = self._checkpoint.stored[key], len(self._widths)
-        if not isinstance(stored, TensorStorageMetadata) or state in (
-            TABLE_TOTALS,
-            ROW_COUNTER_AGE,
-        ):
+        if state in (TABLE_TOTALS, ROW_COUNTER_AGE):
+            return 0
+        if not isinstance(stored, TensorStorageMetadata):
             return 0
         size = tuple(stored.size)
         if size[:1] == (self.rows,):

@@ -93,11 +93,6 @@ class Checkpoint:
         tables = [TableKeys(n, w, s) for n, (_, w, s) in zip(names, found, strict=True)]
         return sorted(tables, key=lambda table: natural(table.name))
 
-    def dimensions(self, key: str) -> int:
-        """Of a tensor; -1 of what is none."""
-        stored = self.stored[key]
-        return len(stored.size) if isinstance(stored, TensorStorageMetadata) else -1
-
     def size(self, key: str, dimensions: int, *dtypes: torch.dtype) -> torch.Size:
         """Size of a tensor that is there as a whole, also in the files.
 

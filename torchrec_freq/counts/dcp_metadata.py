@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -22,8 +22,6 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
-from torch.futures import Future
 
 _CLASSES: Final = (
     BytesStorageMetadata,
@@ -72,27 +70,6 @@ def read_metadata(folder: Path) -> Metadata:
     except Exception as error:  # bytes that are no pickle can fail in any way
         raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error
     return found
-
-
-class Reader(FileSystemReader):
-    """DCP's reader, for ``dcp.load`` of tensors from a folder that others wrote."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """See :func:`read_metadata`."""
-        found = read_metadata(Path(self.path))
-        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
-        return found
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Reads tensors.
-
-        Raises:
-            ValueError: what is asked for is no tensor. DCP would unpickle it.
-        """
-        for item in plan.items:
-            if item.type is LoadItemType.BYTE_IO:
-                raise ValueError(f"{item.storage_index.fqn} is no tensor, so it is not read")
-        return super().read_data(plan, planner)
 
 
 class _Unpickler(pickle._Unpickler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -172,7 +172,8 @@ def _tables(folder: Path) -> list[_Table]:
 def _table(checkpoint: Checkpoint, keys: TableKeys) -> _Table | None:
     """The table of some keys, whose sizes fit each other; None for one of another optimizer."""
     counter, momentum = keys.states.get(ROW_COUNTER), keys.states.get(MOMENTUM)
-    if counter is None and (momentum is None or checkpoint.dimensions(momentum) != 1):
+    stored: Any = None if momentum is None else checkpoint.stored[momentum]
+    if counter is None and len(getattr(stored, "size", ())) != 1:
         return None
     if counter is None and keys.weight is None:
         raise ValueError(
