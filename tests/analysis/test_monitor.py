@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 import torchrec_freq
-from torchrec_freq import COUNT_CEILING, FrequencyConfig, FrequencySGD, TrainingMonitor
+from torchrec_freq import FrequencyConfig, FrequencySGD, TrainingMonitor
 from torchrec_freq.analysis.rates import learning_rates
 from torchrec_freq.rule import row_multiplier
 
@@ -161,20 +161,6 @@ def test_refuses_wrong_arguments() -> None:
             TrainingMonitor(model, write=write)
     with pytest.raises(ValueError, match="No table of this model"):
         TrainingMonitor(nn.Linear(1, 1), write=print)
-
-
-@on_ranks(1)
-def test_loaded_counts_before_a_gradient() -> None:
-    model = make_model("table_wise", TABLES, 1)
-    counts = {t.name: torch.zeros(t.rows, dtype=torch.int64) for t in TABLES}
-    counts["a"][3] = COUNT_CEILING
-    counts["c"][:3] = torch.tensor([4, 9, 16])
-    torchrec_freq.load_row_counts(model, counts)
-    numbers = TrainingMonitor(model, write=print).read()
-    assert numbers["a/count_max"] == COUNT_CEILING
-    # Without a gradient there is no scale, and so no rate, but for the table that needs none.
-    assert "a/lr_at_max" not in numbers and "a/scale" not in numbers
-    assert numbers["c/lr_at_max"] == pytest.approx(RATES[2] / 4, rel=1e-6)
 
 
 def test_learning_rates() -> None:

@@ -65,7 +65,7 @@ def multinomial(rows: int, exponent: float, lookups: int, seed: int = 0) -> Tens
 def test_figures_by_brute_force(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 128, 203) * (rng.random(203) < 0.7)
-    options = ("--lr", "0.5", "--no-normalize", "--min-count", "10", "--batch-lookups", "77")
+    options = ("--lr", "0.5", "--min-count", "10", "--batch-lookups", "77")
     table = report(tmp_path, {"a": torch.from_numpy(counts)}, *options)["a"]
     seen, total = counts[counts > 0], counts.sum()
     assert (table["rows"], table["lookups"]) == (203, total)
@@ -196,7 +196,7 @@ def test_rates_of_checkpoints(tmp_path: Path, kind: str) -> None:
         (["--ranks", "2,0"], "is not a whole number from 1 to"),
         (["--batch-lookups", "inf"], "is not a number above 0"),
         (["--lr", "0"], "is not a number above 0"),
-        (["--no-normalize", "--min-count", "0"], "Invalid min_count value: 0"),
+        (["--min-count", "0"], "Invalid min_count value: 0"),
         (["-o", "counts"], "give a folder: 'counts'"),
     ],
 )
@@ -230,7 +230,7 @@ def test_a_missing_extra_is_named(
     assert not (tmp_path / "out").exists()
     # The tables alone need it not; those of several files are told apart.
     assert main(["report", str(path), f"{tmp_path}/../{path.parent.name}/{path.name}"]) == 0
-    assert f"{path}: a |" in capsys.readouterr().out
+    assert f"| {path}: a " in capsys.readouterr().out
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:

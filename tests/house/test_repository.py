@@ -78,18 +78,6 @@ def test_a_change_is_asked_for_its_proof() -> None:
     assert "`make study`" in lines[2] and "`make bench`" in lines[2]
 
 
-PAGES = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-INCLUDE = {"contributing.md", "index.md"}
-"""Pages that show a file of the root."""
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_begin_with_what_the_reader_can_do_after_it(page: Path) -> None:
-    if page.parent == ROOT or page.name not in INCLUDE:
-        title, first = page.read_text().split("\n\n")[:2]
-        assert title[:2] == "# " and first.startswith("After this page you "), first
-
-
 def test_architecture_names_every_room_and_files_that_exist() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
@@ -173,19 +161,6 @@ def test_rooms_below_know_nothing_of(library: str, below: str) -> None:
 
 def test_no_imports_run_in_a_circle() -> None:
     graphlib.TopologicalSorter(modules()).prepare()  # raises CycleError, which names them
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("monitor", "analysis.monitor"),
-        ("state", "counts.state"),
-        ("traffic", "analysis.traffic"),
-    ],
-)
-def test_modules_are_still_found_where_0_1_had_them(old: str, new: str) -> None:
-    found = importlib.import_module(f"torchrec_freq.{old}")
-    assert found is importlib.import_module(f"torchrec_freq.{new}")
 
 
 def public() -> Iterator[tuple[str, Any]]:

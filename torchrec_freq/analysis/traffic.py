@@ -244,7 +244,7 @@ class TableTraffic:
 
     @classmethod
     def of(cls, counts_R: Tensor, table: str = "") -> TableTraffic:
-        """The traffic of a whole table; see :meth:`add`."""
+        """The traffic of a whole table, from its counts [rows]; see :meth:`add`."""
         traffic = cls(len(counts_R), table)
         traffic.add(0, counts_R)
         return traffic

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lookups_help = "lookups of a table in a global batch, for caches (default: %(default)s)"
     miss_help = "of a batch's distinct rows, for the least load factor (default: %(default)s)"
     rule_help = "option of FrequencySGD, which is not stored (default: %(default)s)"
-    paper_help = "the tables train with normalize=None, the paper's rule"
+    paper_help = "the tables train with normalize=None, the paper's rule, and this min_count"
     share, ranks = partial(number_below, end=1), partial(whole_numbers, most=BLOCKS)
     add, counts = parser.add_argument, [2, 4, 8, 16, 32, 64]
     prior = FrequencyConfig.prior_count
@@ -43,19 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=ranks, default=counts, metavar="N[,N...]", help="numbers of shards")
     add("--lr", type=number_below, default=1.0, help="learning rate (default: multiples of it)")
     add("--prior-count", type=float, default=prior, help=rule_help)
-    add("--no-normalize", action="store_true", help=paper_help)
-    add("--min-count", type=float, default=1, help=rule_help)
+    add("--min-count", type=float, help=paper_help)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the counts that the command line names, prints tables, and writes the page."""
     output: Path | None = arguments.output
     page = None if output is None else _page()  # before an hour of reading
-    config = FrequencyConfig(
-        prior_count=arguments.prior_count,
-        normalize=None if arguments.no_normalize else "table",
-        min_count=arguments.min_count,
-    )
+    config = FrequencyConfig(prior_count=arguments.prior_count)
+    if arguments.min_count is not None:
+        config = FrequencyConfig(normalize=None, min_count=arguments.min_count)
     names = ("lr", "batch_lookups", "miss_rate", "ranks")
     settings = {name: getattr(arguments, name) for name in names}
     stored = [(str(path), table) for path in arguments.file for table in open_stored(path)]
