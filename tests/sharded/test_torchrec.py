@@ -56,7 +56,6 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from torchrec_freq import FrequencySGD, table_states
 from torchrec_freq.sharded.install import frequency_modules
@@ -237,22 +236,6 @@ def test_reshard_while_training() -> None:
     for _ in range(3):
         pair.step()
     pair.check()
-
-
-@on_ranks(2)
-def test_warm_up() -> None:
-    pair = Pair(TABLES, make_plan("mixed", TABLES, 2))
-    stages = [WarmupStage(policy=WarmupPolicy.LINEAR, max_iters=4, value=0.1)]
-    optimizer = WarmupOptimizer(pair.model.fused_optimizer, stages=stages, lr=LR)
-    rates = []
-    for _ in range(6):
-        optimizer.zero_grad()
-        rates.append(pair.model.fused_optimizer.param_groups[0]["lr"])
-        pair.reference.lr = rates[-1]
-        pair.step()
-        optimizer.step()
-    pair.check()
-    assert rates[0] < rates[2] < rates[5] == LR
 
 
 @on_ranks(2)
