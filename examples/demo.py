@@ -4,8 +4,7 @@
 
 All arms start from the same weights and see the same batches in turn. They differ in one line: the
 optimizer of the embedding tables. Runs on CUDA with nccl where there is a GPU, on CPU with gloo
-otherwise. With --checkpoint-dir the same command goes on where the last run was cut off, also on
-another number of ranks.
+otherwise.
 """
 
 import argparse
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,19 +28,18 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from tqdm import tqdm
 
-from benchmarks.common.checkpoint import Checkpoints
 from benchmarks.common.movielens import MovieLens, fetch, read
+from benchmarks.common.pictures import picture
 from benchmarks.common.ranks import start_ranks
-from benchmarks.common.training import DENSE_LR, OPTIMIZERS, Training, optimizer_bytes, shard_alike
+from benchmarks.common.training import OPTIMIZERS, Training, optimizer_bytes, shard_alike
 from torchrec_freq import row_counts
-from torchrec_freq.output import check_folder, write_text, writing
+from torchrec_freq.output import check_folder, write_text
 
 # The best of a grid by validation after one epoch, as `make study-full` finds for this model.
 LR = {"FrequencySGD": 0.03, "SGD": 30.0, "RowWiseAdagrad": 0.03}
 EMBEDDING_DIM = 16
 EVALUATIONS = 4  # points of a learning curve in an epoch
 EVALUATION_BATCH = 4096  # samples, all ranks
-CHECKPOINT_EVERY, KEEP = 100, 2  # steps; checkpoints
 DATA = Path(__file__).resolve().parent.parent / ".data" / "ml-100k"
 
 
@@ -86,43 +83,14 @@ def build(name: str, lr: float, seed: int, data: MovieLens, device: torch.device
     return Arm(shard_alike(DLRMTrain(dlrm), tables, device), lr)
 
 
-def state_of(arms: Arms) -> dict[str, Any]:
-    return {
-        f"{name} {part}": value
-        for name, arm in arms.items()
-        for part, value in arm.training.state().items()
-    }
-
-
-def resume(checkpoints: Checkpoints, arms: Arms) -> int:
-    """Loads the last checkpoint, if there is one, and returns the number of steps trained."""
-    found = checkpoints.latest()
-    if found is None:
-        return 0
-    for name, arm in arms.items():
-        # Adam makes its state in its first step: here one without gradients, which moves nothing.
-        arm.training.dense_optimizer.init_state()
-        arm.curve, arm.seconds = found.progress[name]["curve"], found.progress[name]["seconds"]
-    checkpoints.load(found, state_of(arms))
-    if dist.get_rank() == 0:
-        print(f"Resumed from {found.path}, after {found.step} steps.", flush=True)
-    return found.step
-
-
-def train(
-    args: argparse.Namespace, arms: Arms, data: MovieLens, checkpoints: Checkpoints | None
-) -> None:
-    """Trains the arms in turn on each batch and fills their curves.
-
-    With `checkpoints` it goes on from the last one, and saves every so many steps and at the end.
-    """
+def train(args: argparse.Namespace, arms: Arms, data: MovieLens) -> None:
+    """Trains the arms in turn on each batch and fills their curves."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     device = next(iter(arms.values())).training.model.device
     steps = len(data.train) // args.batch_size  # an epoch; the rest of the ratings is left out
     if steps < EVALUATIONS:
         raise ValueError(f"batch size {args.batch_size} is too large for {len(data.train)} ratings")
     evaluation_steps = {steps * n // EVALUATIONS for n in range(1, EVALUATIONS + 1)}
-    end = args.epochs * steps
 
     def batch(rows: Tensor) -> tuple[Batch, Tensor]:
         """This rank's share, and which of it are ratings of rare items."""
@@ -139,64 +107,29 @@ def train(
             figures = {name: arm.training.evaluate(split) for name, split in held_out.items()}
             arm.curve.append({"epoch": epoch, "step": len(arm.seconds)} | figures)
 
-    trained = resume(checkpoints, arms) if checkpoints else 0
-    if trained > end:
-        raise ValueError(
-            f"the checkpoint is {trained} steps old, more than --epochs {args.epochs} has ({end}). "
-            "Ask for more epochs, or start anew in another --checkpoint-dir."
-        )
-    if trained == 0:
-        evaluate(epoch=0)
+    evaluate(epoch=0)
     generator = torch.Generator().manual_seed(args.seed)
     unit = args.batch_size * len(arms)
-    with tqdm(
-        desc="train",
-        total=end * unit,
-        initial=trained * unit,
-        unit=" samples",
-        unit_scale=True,
-        disable=rank != 0,
-    ) as bar:
+    options = {"unit": " samples", "unit_scale": True, "disable": rank != 0}
+    with tqdm(desc="train", total=args.epochs * steps * unit, **options) as bar:
         for epoch in range(args.epochs):
-            # Drawn also for an epoch that was trained before: the next one's depends on it.
             order = data.train[torch.randperm(len(data.train), generator=generator)]
             for step, rows in enumerate(order.split(args.batch_size)[:steps], start=1):
-                total = epoch * steps + step
-                if total <= trained:
-                    continue
                 samples, _ = batch(rows)
                 losses = {name: f"{arm.step(samples):.3f}" for name, arm in arms.items()}
                 bar.set_postfix(losses, refresh=False)
                 bar.update(unit)
                 if step in evaluation_steps:
                     evaluate(epoch + step / steps)
-                if checkpoints and (total % args.checkpoint_every == 0 or total == end):
-                    progress = {
-                        name: {"curve": arm.curve, "seconds": arm.seconds}
-                        for name, arm in arms.items()
-                    }
-                    checkpoints.save(total, state_of(arms), progress)
 
 
 def compare(args: argparse.Namespace, data: MovieLens, device: torch.device) -> None:
     """The demo: one arm an optimizer, figures on the test ratings."""
     lrs = LR if args.lr is None else dict.fromkeys(LR, args.lr)
     arms = {name: build(name, lrs[name], args.seed, data, device) for name in args.optimizer}
-    ratings = {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)}
-    checkpoints = None
-    if args.checkpoint_dir is not None:
-        settings = {
-            "optimizers and lr": {name: arm.lr for name, arm in arms.items()},
-            "dense lr": DENSE_LR,
-            "seed": args.seed,
-            "batch size": args.batch_size,
-            "ratings": ratings,
-            "tables": data.tables,
-        }
-        checkpoints = Checkpoints(args.checkpoint_dir, settings=settings, keep=args.keep)
-    train(args, arms, data, checkpoints)
+    train(args, arms, data)
     results: dict[str, Any] = {
-        "ratings": ratings,
+        "ratings": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
         "rare_below": data.rare_below,
         "ranks": dist.get_world_size(),
         "device": device.type,
@@ -221,8 +154,8 @@ def compare(args: argparse.Namespace, data: MovieLens, device: torch.device) -> 
         results["lookups"] = {table: int(counts_R.sum()) for table, counts_R in counts.items()}
     if dist.get_rank() == 0:
         write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
-        with writing(args.out / "learning_curves.png") as file:
-            plot(results, file)
+        with picture(args.out / "learning_curves.png") as figure:
+            plot(results, figure)
         print(table(results))
         print(f"\nWrote learning_curves.png and results.json to {args.out}")
 
@@ -251,12 +184,10 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    matplotlib.use("Agg")  # a file, no window
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+def plot(results: dict[str, Any], figure: Any) -> None:
+    figure.set_size_inches(13, 4)
     titles = {"auc": "test AUC", "log_loss": "test log loss", "rare_auc": "test AUC, rare items"}
+    panels = figure.subplots(1, 3)
     for panel, (metric, title) in zip(panels, titles.items(), strict=True):
         for name, arm in results["arms"].items():
             curve = arm["curve"][1:]  # the untrained model would set the scale
@@ -264,10 +195,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             values = [point["test"][metric] for point in curve]
             panel.plot(steps, values, marker=".", label=f"{name}, lr {arm['lr']:g}")
         panel.set(title=title, xlabel=f"steps of {results['batch_size']} samples")
-        panel.grid(alpha=0.3)
     panels[0].legend()
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def parse_args() -> argparse.Namespace:
@@ -275,7 +203,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, help="MovieLens-100K or -1M folder (default: fetch 100K)")
+    add("--data", type=Path, help="folder of MovieLens-100K (default: fetch it)")
     add("--epochs", type=int, default=5, help="passes over the train ratings (default: 5)")
     add("--batch-size", type=int, default=256, help="samples a step, all ranks (default: 256)")
     add("--lr", type=float, help=f"lr of the embedding tables (default: {LR})")
@@ -283,16 +211,8 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the initial weights and the order (default: 0)")
     add("--limit", type=int, help="use the first so many ratings only")
     add("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
-    add("--checkpoint-dir", type=Path, help="save here, and resume what is here")
-    add("--checkpoint-every", type=int, help=f"steps between them (default: {CHECKPOINT_EVERY})")
-    add("--keep", type=int, help=f"checkpoints to keep (default: {KEEP})")
     args = parser.parse_args()
-    for name, default in (("checkpoint_every", CHECKPOINT_EVERY), ("keep", KEEP)):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif args.checkpoint_dir is None:
-            parser.error("--checkpoint-every and --keep need --checkpoint-dir.")
-    for name in ("checkpoint_every", "keep", "epochs", "batch_size", "limit"):
+    for name in ("epochs", "batch_size", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
     if not 0 <= args.seed < 2**63:
@@ -300,8 +220,7 @@ def parse_args() -> argparse.Namespace:
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"--lr must be a finite number above 0, not {args.lr}.")
     try:
-        for folder in filter(None, (args.out, args.checkpoint_dir)):
-            check_folder(folder)
+        check_folder(args.out)
     except OSError as error:
         parser.error(str(error))
     return args

@@ -16,32 +16,27 @@ The counters of FrequencySGD are part of the state of `model.fused_optimizer`, a
 knows of them.
 """
 
-import contextlib
-import functools
-import io
 import json
-import os
 import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from benchmarks.common.ranks import from_first, gather, together
 from torchrec_freq.output import sync, write_text
 
 MANIFEST: Final = "checkpoint.json"
 BLOCK_BYTES: Final = 1 << 24
-"""Of a file, with a checksum each."""
+"""Of a file, read at once."""
 
 # What is not whole has one of these before its name.
 _WRITING, _DELETING = "writing-", "deleting-"
@@ -63,7 +58,7 @@ class Checkpoint:
     step: int
     settings: dict[str, Any]
     progress: Any  # what `save` was given
-    files: dict[str, dict[str, Any]]  # by name: bytes, and crc32 of each block
+    files: dict[str, list[int]]  # by name: bytes and CRC-32
 
 
 class Checkpoints:
@@ -101,24 +96,36 @@ class Checkpoints:
         """
         final = self.folder / _name(step)
         temporary = self.folder / f"{_WRITING}{final.name}"
-        first = dist.get_rank() == 0
-        agreed = functools.partial(
-            together, lambda number, why: NotSaved(number, f"{final} is not saved: {why}"), OSError
-        )
-        with agreed():
-            if first:
-                for leftover in self._paths(_WRITING) + self._paths(_DELETING):
-                    self._try_delete(leftover)
-                temporary.mkdir(parents=True)
-        writer = FileSystemWriter(temporary)
-        written = writer.fs = _Files()
+        rank = dist.get_rank()
+
+        def refuse(number: int | None, why: str) -> NotSaved:
+            return NotSaved(number, f"{final} is not saved: {why}")
+
         try:
-            with agreed(), written.blamed():
-                # Returns when the files of all ranks are on the disk, or raises on all of them.
-                dcp.save(state, storage_writer=writer)
-            files = {name: sums for part in gather(written.checksums()) for name, sums in part}
-            with agreed():
-                if first:
+            with together(refuse, OSError):
+                if rank == 0:
+                    for leftover in self._paths(_WRITING) + self._paths(_DELETING):
+                        self._try_delete(leftover)
+                    temporary.mkdir(parents=True)
+            with together(refuse, OSError):
+                try:
+                    # Returns when the files of all ranks are on the disk, or raises on all of them.
+                    dcp.save(state, checkpoint_id=temporary)
+                except CheckpointException as error:
+                    # With those of the first rank that failed; OSError first.
+                    causes = [cause for cause, _ in error.failures.values()]
+                    known = next((e for e in causes if isinstance(e, OSError)), causes[0])
+                    where = next(r for r, (e, _) in error.failures.items() if e is known)
+                    number = getattr(known, "errno", None)
+                    said = f"on rank {where}: {known}"
+                    raise OSError(number, said) if number else OSError(said) from error
+                own = [".metadata", *(path.name for path in temporary.glob("__0_*"))]
+                if rank != 0:
+                    own = [path.name for path in temporary.glob(f"__{rank}_*")]
+                sums = {name: _sums(temporary / name) for name in own}
+            files = {name: part[name] for part in gather(sums) for name in part}
+            with together(refuse, OSError):
+                if rank == 0:
                     _write_manifest(temporary, step, self.settings, progress, files)
                     if final.exists():  # damaged, or the run would have resumed from it
                         _delete(final)
@@ -127,7 +134,7 @@ class Checkpoints:
                     sync(self.folder)
                     self._prune(step)
         except NotSaved:
-            if first:
+            if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)  # room for what is more urgent
             raise
 
@@ -178,7 +185,7 @@ class Checkpoints:
         found, faults = [], []
         for path in self._paths():
             try:
-                found.append(read(path))
+                found.append(_read(path))
             except (OSError, ValueError) as error:
                 _pass_over(path, str(error))
                 faults.append(f"{path}: {error}")
@@ -224,8 +231,26 @@ def load(path: Path, state: dict[str, Any]) -> None:
         raise ValueError(f"{path} is of another model, or damaged: {causes}") from error
 
 
-def read(path: Path) -> Checkpoint:
-    """What the manifest of a checkpoint says. The content of its files is not looked at.
+def _name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _write_manifest(
+    folder: Path, step: int, settings: Any, progress: Any, files: dict[str, list[int]]
+) -> None:
+    """Completes a checkpoint; on the disk when this returns, with the names of the other files."""
+    manifest = {"step": step, "settings": settings, "progress": progress, "files": files}
+    manifest = json.loads(json.dumps(manifest))  # as a reader will have it
+    manifest["crc32"] = _checksum(manifest)
+    write_text(folder / MANIFEST, json.dumps(manifest))
+
+
+def _read(path: Path) -> Checkpoint:
+    """What the manifest of a checkpoint says. Of its files only the sizes are looked at.
 
     Raises:
         OSError: a file is missing.
@@ -240,48 +265,32 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{MANIFEST} is damaged: it does not have its checksum")
     if _name(manifest["step"]) != path.name:
         raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
-    for name, file in manifest["files"].items():
-        if (found := (path / name).stat().st_size) != file["bytes"]:
-            raise ValueError(f"{name} has {found} bytes instead of {file['bytes']}")
+    for name, (size, _) in manifest["files"].items():
+        if (found := (path / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes instead of {size}")
     return Checkpoint(path, **manifest)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08}"
-
-
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def _write_manifest(
-    folder: Path, step: int, settings: Any, progress: Any, files: dict[str, Any]
-) -> None:
-    """Completes a checkpoint; on the disk when this returns, with the names of the other files."""
-    manifest = {"step": step, "settings": settings, "progress": progress, "files": files}
-    manifest = json.loads(json.dumps(manifest))  # as a reader will have it
-    manifest["crc32"] = _checksum(manifest)
-    write_text(folder / MANIFEST, json.dumps(manifest))
 
 
 def _checksum(manifest: Any) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
+def _sums(path: Path) -> list[int]:
+    """Bytes and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
 def _damage(checkpoint: Checkpoint) -> str | None:
-    """Why this rank's part of the blocks is not what was written."""
-    blocks = [
-        (name, number, crc)
-        for name, file in checkpoint.files.items()
-        for number, crc in enumerate(file["crc32"])
-    ]
+    """Why this rank's part of the files is not what was written."""
     rank = dist.get_rank()
-    for name, number, crc in blocks[rank :: dist.get_world_size()]:
+    for name in sorted(checkpoint.files)[rank :: dist.get_world_size()]:
         try:
-            with (checkpoint.path / name).open("rb", buffering=0) as file:
-                file.seek(number * BLOCK_BYTES)
-                if zlib.crc32(file.read(BLOCK_BYTES)) != crc:
-                    return f"{name} is damaged in block {number} of {BLOCK_BYTES >> 20} MiB"
+            if _sums(checkpoint.path / name) != checkpoint.files[name]:
+                return f"{name} is damaged: it does not have its checksum"
         except OSError as error:
             return f"rank {rank} cannot read it: {error}"
     return None
@@ -302,71 +311,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-class _Stream(io.BufferedWriter):
-    """A file that is being written, the checksums of its blocks, and why it cannot be written."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "w"))
-        self.path = path
-        self.error: OSError | None = None
-        self.bytes = 0
-        self.blocks: list[int] = []
-
-    def write(self, data: Any) -> int:
-        with self._noting():
-            written = super().write(data)
-        rest = memoryview(data).cast("B")
-        while rest:
-            used = self.bytes % BLOCK_BYTES
-            part, rest = rest[: BLOCK_BYTES - used], rest[BLOCK_BYTES - used :]
-            before = self.blocks.pop() if used else 0
-            self.blocks.append(zlib.crc32(part, before))
-            self.bytes += len(part)
-        return written
-
-    def flush(self) -> None:
-        with self._noting():
-            super().flush()
-
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # of which torch only says "unexpected pos"
-            self.error = OSError(error.errno, error.strerror, str(self.path))
-            raise
-
-    def fileno(self) -> int:
-        self.flush()  # DCP asks for it for fsync, and would flush later
-        return super().fileno()
-
-
-class _Files(FileSystem):
-    """DCP's files, of which it keeps checksums."""
-
-    def __init__(self) -> None:
-        self.streams: list[_Stream] = []
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        assert mode == "wb", mode
-        with _Stream(Path(path)) as stream:
-            self.streams.append(stream)
-            yield stream
-
-    @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Has an OSError for what the disk is to blame for, where DCP has an error of its own."""
-        try:
-            yield
-        except CheckpointException as error:
-            raise next((s.error for s in self.streams if s.error), error) from error
-
-    def checksums(self) -> list[tuple[str, dict[str, Any]]]:
-        """Of what this rank has written, by the names that the files have in the end."""
-        return [
-            (stream.path.name.removesuffix(".tmp"), {"bytes": stream.bytes, "crc32": stream.blocks})
-            for stream in self.streams
-        ]

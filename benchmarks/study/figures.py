@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.pictures import GREY, picture
+from benchmarks.common.pictures import GREY, picture
 from benchmarks.study.compare import Known, curve
 from benchmarks.study.config import OURS, ROWWISE, TUNED, Setting
 

@@ -20,11 +20,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from benchmarks.common import planted
 from benchmarks.common.checkpoint import Checkpoints, NotSaved
-from benchmarks.common.days import Day, Days, find_days
 from benchmarks.common.ranks import gather, start_ranks
 from benchmarks.common.ranks import together as agreed
 from benchmarks.common.training import optimizer_bytes
 from examples.criteo.batches import Batches
+from examples.criteo.days import Day, Days, find_days
 from examples.criteo.loop import Loop
 from examples.criteo.model import build
 from examples.criteo.progress import table

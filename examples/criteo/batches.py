@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 from torchrec.datasets.utils import Batch
 
-from benchmarks.common.days import Days, single_ids
+from examples.criteo.days import Days, single_ids
 
 
 class Batches:

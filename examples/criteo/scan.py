@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES
 from tqdm import tqdm
 
-from benchmarks.common.days import KINDS, Days
 from benchmarks.common.ranks import from_first, gather
+from examples.criteo.days import KINDS, Days
 from examples.criteo.refusal import together
 from torchrec_freq.output import write_text
 

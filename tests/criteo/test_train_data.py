@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from ranks import on_ranks
 from torchrec.datasets.criteo import DEFAULT_CAT_NAMES
 
-from benchmarks.common.days import Days, find_days
 from examples.criteo import __main__ as program
 from examples.criteo import scan as scan_module
 from examples.criteo.batches import Batches
+from examples.criteo.days import Days, find_days
 from examples.criteo.scan import scan
 from examples.criteo.settings import parse
 
@@ -32,10 +32,16 @@ def cut(path: Path, bytes_: int) -> None:
     path.write_bytes(path.read_bytes()[:bytes_])
 
 
-def change(path: Path, rows: list[int], column: int, value: float) -> None:
+def removed(path: Path) -> str:
+    path.unlink()
+    return path.name
+
+
+def change(path: Path, rows: list[int], column: int, value: float) -> Path:
     values = np.load(path)
     values[rows, column] = value
     np.save(path, values)
+    return path
 
 
 def saved(name: str, *shape: int, dtype: str) -> Callable[[Path], object]:
@@ -47,7 +53,7 @@ HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / "day_1_labels.npy").unlink(), r"No such file.*day_1_labels\.npy"),
     "no folder": (shutil.rmtree, "no such folder"),
     "one day": (
-        lambda f: [path.unlink() for path in f.glob("day_[12]_*")],
+        lambda f: [removed(path) for path in f.glob("day_[12]_*")],
         r"holds 1 days.*at least two",
     ),
     "odd name": (saved("day_x_dense.npy", 3, dtype="f4"), r"day_x_\*.*named day_0"),

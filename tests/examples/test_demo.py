@@ -1,4 +1,4 @@
-"""The demo: its reader on the three MovieLens layouts, and a whole run on a few hundred ratings."""
+"""The demo: its data, its flags, and a whole run on a few hundred ratings."""
 
 from __future__ import annotations
 
@@ -6,55 +6,26 @@ import itertools
 import json
 import math
 import subprocess
+import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from programs import run
-from ratings import (
-    ITEMS,
-    RATINGS,
-    USERS,
-    items,
-    ratings,
-    write_1m,
-    write_100k,
-    write_recbole,
-)
+from ratings import ITEMS, RATINGS, USERS, items, ratings, write_recbole
 
 from benchmarks.common import movielens
 from benchmarks.common.movielens import GENRES, LIKED, read
+from examples import demo
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BATCH = 32
 STEPS = RATINGS * 8 // 10 // BATCH
 
-LAYOUTS: dict[Callable[[Path], None], tuple[str, ...]] = {
-    write_recbole: ("ml-100k.inter", "ml-100k.user", "ml-100k.item"),
-    write_100k: ("u.data", "u.user", "u.item"),
-    write_1m: ("ratings.dat", "users.dat", "movies.dat"),
-}
-FILES = [(layout, file) for layout, files in LAYOUTS.items() for file in files]
-
-
-@pytest.mark.parametrize("layout", [write_100k, write_1m])
-def test_layouts_agree(layout: Callable[[Path], None], tmp_path: Path) -> None:
-    folders = [tmp_path / "recbole", tmp_path / "other"]
-    for folder, write_layout in zip(folders, (write_recbole, layout), strict=True):
-        folder.mkdir()
-        write_layout(folder)
-    expected, got = map(read, folders)
-    assert got.tables == expected.tables
-    assert got.rare_below == expected.rare_below
-    for name in ("ids", "genres", "dense", "labels", "train", "valid", "test", "rare"):
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
-
 
 def test_reads_what_was_written(tmp_path: Path) -> None:
-    write_1m(tmp_path)
+    write_recbole(tmp_path)
     data = read(tmp_path)
     assert torch.equal(data.labels, torch.tensor([float(int(r[2]) >= LIKED) for r in ratings]))
     assert data.tables["user"] == USERS and data.tables["item"] == ITEMS
@@ -78,7 +49,7 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_limit_takes_the_first_ratings(tmp_path: Path) -> None:
-    write_100k(tmp_path)
+    write_recbole(tmp_path)
     whole, part = read(tmp_path), read(tmp_path, limit=150)
     assert torch.equal(part.labels, whole.labels[:150])
     assert part.tables == whole.tables
@@ -86,33 +57,42 @@ def test_limit_takes_the_first_ratings(tmp_path: Path) -> None:
         read(tmp_path, limit=20)
 
 
-@pytest.mark.parametrize(("layout", "file"), FILES)
-def test_missing_file(layout: Callable[[Path], None], file: str, tmp_path: Path) -> None:
-    layout(tmp_path)
-    (tmp_path / file).unlink()
-    # Without the ratings the layout is unknown, and the message names the files to look for.
-    expected = file.replace("ml-100k.inter", r"\*.inter")
-    with pytest.raises(FileNotFoundError, match=expected):
-        read(tmp_path)
-
-
-@pytest.mark.parametrize(("layout", "file"), FILES)
-def test_file_cut_in_a_line(layout: Callable[[Path], None], file: str, tmp_path: Path) -> None:
-    layout(tmp_path)
+@pytest.mark.parametrize("file", movielens.WHEEL_FILES)
+def test_damaged_files(file: str, tmp_path: Path) -> None:
+    write_recbole(tmp_path)
     path = tmp_path / file
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:3])
     with pytest.raises(ValueError, match=rf"{file}, line {len(lines)}.*cut short"):
         read(tmp_path)
-
-
-@pytest.mark.parametrize(("layout", "file"), [pair for pair in FILES if pair not in FILES[::3]])
-def test_file_cut_after_a_line(layout: Callable[[Path], None], file: str, tmp_path: Path) -> None:
-    layout(tmp_path)
-    path = tmp_path / file
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:10]))
-    with pytest.raises(ValueError, match=rf"{file} lacks id"):
+    path.write_bytes(b"".join(lines[:10]))
+    with pytest.raises(ValueError, match=r"ratings are too few|lacks id"):
         read(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs 0", "--epochs must be at least 1, not 0"),
+        ("--batch-size -256", "--batch-size must be at least 1, not -256"),
+        ("--seed -1", "--seed must be from 0"),
+        ("--lr nan", "--lr must be a finite number above 0"),
+        ("--out /dev/null", "give a folder: '/dev/null'"),
+    ],
+)
+def test_flags_are_refused(
+    flags: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", *flags.split()])
+    with pytest.raises(SystemExit):
+        demo.parse_args()
+    assert message in capsys.readouterr().err
 
 
 def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,14 +113,6 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [path.name for path in (tmp_path / ".data").iterdir()] == ["ml-100k"]
 
 
-def test_failed_fetch_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed: subprocess.CompletedProcess[str] = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(subprocess, "run", lambda command: failed)
-    with pytest.raises(RuntimeError, match="--data"):
-        movielens.fetch(tmp_path / "ml-100k")
-    assert not list(tmp_path.iterdir())
-
-
 def run_demo(out: Path, *, ranks: int) -> tuple[dict[str, Any], str]:
     """The demo's results and what it printed."""
     data = out.parent / f"{out.name}-data"
@@ -155,7 +127,7 @@ def test_demo(tmp_path: Path) -> None:
     results, printed = run_demo(tmp_path / "two", ranks=2)
     arms = results["arms"]
     assert list(arms) == ["FrequencySGD", "SGD", "RowWiseAdagrad"]
-    assert [arm["optimizer_bytes_per_row"] for arm in arms.values()] == [4, 0, 4]
+    assert [arm["optimizer_bytes_per_row"] for arm in arms.values()] == [8, 0, 4]
     assert results["ranks"] == 2
 
     curves = [arm["curve"] for arm in arms.values()]
