@@ -28,33 +28,24 @@ class StackError(ImportError):
 
 
 class Stack(NamedTuple):
-    """Releases that were built for each other; every patch release of each is accepted."""
+    """Versions, of which every patch release is alike; "missing" for what is not installed.
+
+    `fbgemm_build` is cpu, cuda or rocm, empty where unknown; `driver`: whether NVIDIA's is here.
+    """
 
     torch: str
     torchrec: str
     fbgemm: str
+    fbgemm_build: str = ""
+    driver: bool = False
 
     def __str__(self) -> str:
-        return f"torch {self.torch}, TorchRec {self.torchrec}, FBGEMM {self.fbgemm}"
-
-
-# The first is the default.
-SUPPORTED = (Stack("2.13.0", "1.8.0", "1.8.0"), Stack("2.14.0", "1.9.0", "1.9.0"))
-
-
-class Found(NamedTuple):
-    """What is installed; FBGEMM's build is cpu, cuda, rocm, or empty where unknown."""
-
-    versions: Stack
-    fbgemm_build: str
-    driver: bool
-
-    def __str__(self) -> str:
-        return f"{self.versions} ({self.fbgemm_build or 'unknown'} build)"
+        build = f" ({self.fbgemm_build} build)" if self.fbgemm_build else ""
+        return f"torch {self.torch}, TorchRec {self.torchrec}, FBGEMM {self.fbgemm}{build}"
 
     def needed(self) -> Stack:
         """The supported stack of the installed torch, or the default."""
-        torch = minor(self.versions.torch)
+        torch = minor(self.torch)
         return next((stack for stack in SUPPORTED if minor(stack.torch) == torch), SUPPORTED[0])
 
     def repair(self) -> list[str]:
@@ -69,6 +60,10 @@ class Found(NamedTuple):
         others = "numpy tensordict torchmetrics==1.0.3 tqdm pyre-extensions"
         cpu = f"{pip} install --no-deps {torchrec} fbgemm-gpu-cpu~={stack.fbgemm}"
         return [remove, f"{pip} install {torch} {others}", cpu]
+
+
+# Releases that were built for each other. The first is the default.
+SUPPORTED = (Stack("2.13.0", "1.8.0", "1.8.0"), Stack("2.14.0", "1.9.0", "1.9.0"))
 
 
 def minor(version: str) -> str:
@@ -86,7 +81,7 @@ def has_nvidia_driver() -> bool:
     return True
 
 
-def find() -> Found:
+def find() -> Stack:
     """Look at what is installed; imports none of it."""
     torch, torchrec = (
         next((d.version for d in importlib.metadata.distributions(name=name)), "missing")
@@ -98,18 +93,17 @@ def find() -> Found:
     if spec is not None and spec.origin is not None:
         target = Path(spec.origin).with_name("docs") / "target.default.json.py"
         fbgemm = json.loads(target.read_text()) if target.exists() else fbgemm
-    versions = Stack(torch, torchrec, fbgemm["version"])
-    return Found(versions, fbgemm["variant"], has_nvidia_driver())
+    return Stack(torch, torchrec, fbgemm["version"], fbgemm["variant"], has_nvidia_driver())
 
 
-def check() -> Found:
+def check() -> Stack:
     """Make sure that torch, FBGEMM and TorchRec are there, fit each other, and can be loaded.
 
     Raises:
         StackError: with the versions found, the versions needed, and the commands that repair it.
     """
     found, problem = find(), ""
-    if list(map(minor, found.versions)) != list(map(minor, found.needed())):
+    if list(map(minor, found[:3])) != list(map(minor, found.needed()[:3])):
         problem = "torch, TorchRec and FBGEMM are not all there, or do not fit each other"
     elif found.fbgemm_build == "cuda" and not found.driver:
         problem = "FBGEMM's CUDA build needs the NVIDIA driver (libnvidia-ml.so.1)"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from torchrec_freq import _versions
-from torchrec_freq._versions import SUPPORTED, Found, Stack, StackError
+from torchrec_freq._versions import SUPPORTED, Stack, StackError
 
-CPU = Found(SUPPORTED[0], "cpu", driver=False)
+CPU = SUPPORTED[0]._replace(fbgemm_build="cpu")
 
 
-def check(monkeypatch: pytest.MonkeyPatch, found: Found) -> str:
+def check(monkeypatch: pytest.MonkeyPatch, found: Stack) -> str:
     """What the check says of an installation, in which everything can be imported."""
     monkeypatch.setattr(_versions, "find", lambda: found)
     try:
@@ -34,7 +34,7 @@ def check(monkeypatch: pytest.MonkeyPatch, found: Found) -> str:
 def test_accepts(
     monkeypatch: pytest.MonkeyPatch, versions: tuple[str, str, str], build: str, driver: bool
 ) -> None:
-    said = check(monkeypatch, Found(Stack(*versions), build, driver))
+    said = check(monkeypatch, Stack(*versions, build, driver))
     assert (
         said == f"torch {versions[0]}, TorchRec {versions[1]}, FBGEMM {versions[2]} ({build} build)"
     )
@@ -52,7 +52,7 @@ def test_accepts(
     ],
 )
 def test_refuses(monkeypatch: pytest.MonkeyPatch, versions: tuple[str, str, str]) -> None:
-    said = check(monkeypatch, Found(Stack(*versions), "cpu", False))
+    said = check(monkeypatch, Stack(*versions, "cpu"))
     stack = SUPPORTED[1] if versions[0].startswith("2.14") else SUPPORTED[0]
     assert said.splitlines() == [
         "torchrec_freq cannot be used: torch, TorchRec and FBGEMM are not all there, or do not fit "

@@ -11,7 +11,6 @@ import argparse
 import logging
 import os
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -61,13 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"ok    {found}: they fit each other and can be loaded")
     print(f"ok    {gpus or 'no'} GPUs: training runs on {device.type}, with {backend}")
     print(f"ok    {ROW_BYTES} bytes a row besides the weights: sum and counter, in HBM on a GPU")
-    checks: dict[str, Callable[[], str | None]] = {backend: partial(_start, device, backend)}
+    checks: list[tuple[str, partial[str | None]]] = [(backend, partial(_start, device, backend))]
     for sharding in _SHARDING:
         both = gpus and sharding == "table-wise"
         for kernel in ("fused", "fused_uvm", "fused_uvm_caching") if both else ("fused",):
-            checks[f"{sharding}, {kernel}"] = partial(_train, device, sharding, kernel)
+            checks.append((f"{sharding}, {kernel}", partial(_train, device, sharding, kernel)))
     works = True
-    for name, check in checks.items():
+    for name, check in checks:
         try:
             wrong = check()
         except Exception as error:
@@ -84,10 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if works else 1
 
 
-def _start(device: torch.device, backend: str) -> None:
+def _start(device: torch.device, backend: str) -> str | None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     dist.all_reduce(torch.ones(1, device=device))  # NCCL starts with the first collective
+    return None
 
 
 def _train(device: torch.device, sharding: str, kernel: str) -> str | None:

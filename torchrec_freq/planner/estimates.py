@@ -49,9 +49,8 @@ def make_planner(
 
     >>> planner = make_planner(Topology(world_size=8, compute_device="cuda"), batch_size=1024)
 
-    The time of a row-wise shard is that of its own rows' lookups. Tables have statistics for LRU
-    caches (:class:`torchrec_freq.analysis.cache.MeasuredCacheStatistics`), from which
-    ``proposer=EmbeddingOffloadScaleupProposer()`` divides the memory.
+    The time of a row-wise shard is that of its own rows' lookups. Each table has statistics of an
+    LRU cache, from which ``proposer=EmbeddingOffloadScaleupProposer()`` divides the memory.
 
     Args:
         topology: the ranks and their memory; None for those of the default process group.
