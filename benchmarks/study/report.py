@@ -20,11 +20,12 @@ of time]. The seeds do not say how much other data would differ; the blocks do, 
 set can. Each optimizer is at its own best lr of a grid of quarter decades, and row-wise Adagrad a
 second time with eps tuned beside lr (1e-8 to 1e-3 in decades). A stream is passed through once, in
 the order of time, and each batch is predicted before it is trained on. lr and eps are chosen on
-the first two fifths of a stream, by AUC of the second of these; the other three fifths
-(*predict-then-train*) and the samples after the stream judge. Where samples are shuffled, a
-validation split chooses after the first epoch, and a test split judges. Adam (lr 0.001) trains the
-dense layers. Embeddings have 16 columns. Normalized entropy (NE) is log loss over that of the base
-rate: less is better."""
+the first two fifths of a stream, by AUC of the second of these with the first seed; the other three
+fifths (*predict-then-train*) and the samples after the stream judge. One lr serves for both, though
+what suits a model that goes on learning can be too large for one that is left as it is. Where
+samples are shuffled, a validation split chooses after the first epoch, and a test split judges.
+Adam (lr 0.001) trains the dense layers. Embeddings have 16 columns. Normalized entropy (NE) is log
+loss over that of the base rate: less is better."""
 DATA: Final = """\
 No data are in the repository; the study fetches them from packages of the package index.
 
@@ -75,10 +76,7 @@ def differences_table(known: Known) -> Table:
 
 
 def target_table(known: Known) -> Table:
-    table = head("target | met | worst case | where")
-    for name, met, worst, where in verdict.targets(known):
-        table.append([name, "yes" if met else "**no**", worst, where])
-    return table
+    return [*head("target | met | worst case | where"), *map(list, verdict.targets(known))]
 
 
 def samples_table(known: Known) -> Table:
@@ -187,11 +185,13 @@ def _document(known: Known, drawn: dict[str, str], title: str) -> Iterator[str]:
     yield pictures.get("differences", "")
     yield markdown(differences_table(known))
     if public:
-        yield "## Targets\n\nWritten before the runs, for the mean over the seeds."
+        yield "## Targets"
+        yield "Written before the runs, for the mean over the seeds; of the cases run so far."
         yield markdown(target_table(known))
     yield (
         "## Samples to row-wise Adagrad's AUC\n\nShare of the stream after which the AUC of all "
-        "predictions so far stays above row-wise Adagrad's at the end."
+        "predictions so far stays above row-wise Adagrad's at the end. The predictions on which lr "
+        "was chosen are among them."
     )
     yield markdown(samples_table(known))
     yield "## Along the way"
