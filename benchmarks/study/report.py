@@ -228,5 +228,7 @@ def _document(known: Known, drawn: dict[str, str], title: str) -> Iterator[str]:
 def _not_run(known: Known) -> Iterator[str]:
     for setting in known.all.values():
         absent = [arm.label for arm in setting.arms if not known.runs(setting, arm)]
+        if setting.stressed and known.gain_at(setting, setting.measures[0], 2, same=True) is None:
+            absent.append("other lr than the best")
         if absent:
             yield f"- {setting.name}: {'; '.join(absent)}"
