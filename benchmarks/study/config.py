@@ -21,7 +21,7 @@ FIRST_EPOCH, SECOND_EPOCH = "epoch 1", "epoch 2"
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer of the tables and its options besides lr; see `tables.make`."""
+    """An optimizer of the tables and its options besides lr; see `tables.Tables`."""
 
     optimizer: str
     options: tuple[tuple[str, Any], ...] = ()

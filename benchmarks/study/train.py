@@ -50,12 +50,12 @@ class Training:
 
     @torch.no_grad()
     def predict(self, numbers: Array) -> Array:
-        """float32 [numbers] logits."""
+        """float32 [numbers] logits; 0, which says nothing, where one is no number."""
         logits = [
             self.model(dense.to(DEVICE), self.tables(ids.to(DEVICE))).cpu()
             for dense, ids, _ in self.data.batches(numbers, EVALUATION_BATCH)
         ]
-        return torch.cat(logits).numpy()
+        return torch.cat(logits).nan_to_num(0.0).numpy()
 
 
 def train(run: Run, folder: Path) -> Result:

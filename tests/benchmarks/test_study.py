@@ -391,8 +391,8 @@ def test_report(tmp_path: Path) -> None:
     printed = report.write(results, settings, tmp_path / "out", "Results")
     row = "| flights, DLRM, batch 1024 | predict-then-train | 0.7100 | +0.0100 ± 0.0000"
     assert row in printed and "| +0.0080 ± 0.0000" in printed
-    assert "| flights: ahead by 0.002 | yes |" in printed
-    assert "| coupons, DLRM, batch 256 and 1024: ahead by 0.007 | yes |" in printed
+    assert "| flights: ahead by 0.002 | yes, in all 2 |" in printed
+    assert "| coupons, DLRM, batch 256 and 1024: ahead by 0.007 | yes, in all 2 |" in printed
     known = compare.Known(results, settings)
     assert verdict.settle_prior_count(known) == 20
     assert verdict.settle_options(known, ADMISSIONS) == []
