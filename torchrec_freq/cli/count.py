@@ -72,12 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
     with progress(samples, "samples") as bar:
         for file in files:
             start = 0
-            for block in file.blocks(columns):
-                where = f"{file.path}, samples {start} to {start + block.samples - 1}"
-                for column, ids in block.ids.items():
+            for count, block in file.blocks(columns):
+                where = f"{file.path}, samples {start} to {start + count - 1}"
+                for column, ids in block.items():
                     tally.add(tables[column], ids, f"{where}, column {column!r}")
-                start += block.samples
-                bar.update(block.samples)
+                start += count
+                bar.update(count)
             if start != file.samples:
                 raise ValueError(f"{file.path}: ends after {start} of {file.samples} samples.")
     save_counts(output, tally.counts())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,12 +16,8 @@ CRITEO_COLUMNS: Final = tuple(f"cat_{index}" for index in range(26))
 BLOCK_IDS: Final = 1 << 18
 """Ids read at once, over all columns. A block of lists holds as many on average."""
 
-
-class Block(NamedTuple):
-    """Consecutive samples of a file, and the ids in each of the columns."""
-
-    samples: int
-    ids: dict[str, NDArray[Any]]
+Block = tuple[int, dict[str, NDArray[Any]]]
+"""Number of consecutive samples, and the ids in each of the columns."""
 
 
 class DataFile(NamedTuple):
@@ -47,15 +42,13 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder.")
-        # Unlike Path.rglob it looks into folders that are links.
-        search = functools.partial(glob.glob, root_dir=path, recursive=True)
-        inside = [
-            path / name
-            for name in sorted([*search("**/*_sparse.npy"), *search("**/*.parquet")])
-            # Other tools' unfinished and auxiliary files.
-            if not any(part.startswith((".", "_")) for part in Path(name).parts)
-            and (path / name).is_file()
-        ]
+        inside = []
+        for pattern in ("**/*_sparse.npy", "**/*.parquet"):
+            # Unlike Path.rglob it looks into folders that are links. A leading "." or "_" marks
+            # other tools' unfinished and auxiliary files.
+            names = sorted(glob.glob(pattern, root_dir=path, recursive=True))
+            inside += [path / n for n in names if not any(p[0] in "._" for p in Path(n).parts)]
+        inside = [file for file in inside if file.is_file()]
         if path.is_dir() and not inside:
             raise ValueError(f"{path}: no *_sparse.npy or *.parquet file in this folder.")
         found += inside if path.is_dir() else [path]
@@ -101,14 +94,10 @@ def map_npy(path: Path) -> np.memmap[Any, Any]:
 
 def _open_npy(path: Path) -> DataFile:
     """A Criteo file, [samples, 26] whole numbers."""
-
-    def mapped() -> np.memmap[Any, Any]:
-        try:
-            return map_npy(path)
-        except ValueError as error:
-            raise ValueError(f"{path}: truncated, or not an npy file: {error}") from error
-
-    data = mapped()
+    try:
+        data = map_npy(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated, or not an npy file: {error}") from error
     if path.stat().st_size > data.offset + data.nbytes:
         raise ValueError(f"{path}: too long: {len(data):,} samples take less.")
     if data.ndim != 2 or data.shape[1] != len(CRITEO_COLUMNS) or data.dtype.kind not in "iu":
@@ -118,12 +107,11 @@ def _open_npy(path: Path) -> DataFile:
         )
 
     def blocks(columns: Sequence[str]) -> Iterator[Block]:
-        indices = [(column, CRITEO_COLUMNS.index(column)) for column in columns]
         step = max(BLOCK_IDS // len(CRITEO_COLUMNS), 1)
-        data = mapped()
+        data = map_npy(path)
         for start in range(0, len(data), step):
             block = np.asarray(data[start : start + step])
-            yield Block(len(block), {column: block[:, index] for column, index in indices})
+            yield len(block), {name: block[:, CRITEO_COLUMNS.index(name)] for name in columns}
 
     return DataFile(path, len(data), CRITEO_COLUMNS, "t_{column}", blocks)
 
@@ -145,15 +133,12 @@ def _open_parquet(path: Path) -> DataFile:
 
     try:
         with pq.ParquetFile(path) as file:
-            samples = file.metadata.num_rows
-            schema = file.schema_arrow
-            columns = tuple(
-                field.name
-                for field in schema
-                if holds_ids(field.type) or len(schema.get_all_field_indices(field.name)) > 1
-            )
+            samples, schema = file.metadata.num_rows, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: truncated, or not a Parquet file: {error}") from error
+    # A name that several columns have is refused where it is chosen.
+    twice = {name for name in schema.names if schema.names.count(name) > 1}
+    columns = tuple(f.name for f in schema if holds_ids(f.type) or f.name in twice)
 
     def blocks(columns: Sequence[str]) -> Iterator[Block]:
         try:
@@ -172,7 +157,7 @@ def _open_parquet(path: Path) -> DataFile:
                                 "training does, or drop them."
                             )
                         ids[column] = values.to_numpy()
-                    yield Block(batch.num_rows, ids)
+                    yield batch.num_rows, ids
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: damaged: {error}") from error
 

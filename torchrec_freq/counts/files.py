@@ -19,9 +19,6 @@ from torchrec_freq.output import writing
 
 _FORMAT: Final = "torchrec_freq.counts"
 _VERSION: Final = "2"
-# The first version has neither squares nor checksums; its steps say nothing to the rule.
-_READABLE: Final = ("1", _VERSION)
-_DTYPES: Final = ("I32", "I64")
 # The name under which the format itself keeps text.
 _RESERVED: Final = "__metadata__"
 
@@ -163,18 +160,17 @@ class CountsReader:
                 f"{metadata.get('format')!r} instead of {_FORMAT!r}. Counts are written by "
                 "torchrec_freq.save_counts and python -m torchrec_freq count."
             )
-        if metadata.get("version") not in _READABLE:
+        if metadata.get("version") != _VERSION:
             raise ValueError(
-                f"{path} holds counts in version {metadata.get('version')!r} of the format; "
-                f"this torchrec_freq reads up to {_VERSION!r}. Upgrade torchrec_freq."
+                f"{path} holds counts in version {metadata.get('version')!r} of the format; this "
+                f"torchrec_freq reads {_VERSION!r}. Count again, or upgrade torchrec_freq."
             )
         self.rows = {name: self._rows_of(name) for name in self._file.keys()}  # noqa: SIM118
-        self.squares: dict[str, float] = self._by_table(metadata, "squares") or {}
+        self.squares: dict[str, float] = self._by_table(metadata, "squares")
         if not all(name in self.rows and _is_square(x) for name, x in self.squares.items()):
             raise ValueError(f"{path} is damaged: its squares are {self.squares}.")
         self._checksums = self._by_table(metadata, "crc32")
-        unchecked = metadata["version"] == "1" and self._checksums is None
-        if not unchecked and (self._checksums or {}).keys() != self.rows.keys():
+        if self._checksums.keys() != self.rows.keys():
             raise ValueError(f"{path} is damaged: its checksums are not those of its tables.")
 
     def blocks(self, name: str, block_rows: int = 1 << 22) -> Iterator[tuple[int, Tensor]]:
@@ -195,19 +191,17 @@ class CountsReader:
                     "torchrec_freq."
                 ) from error
             checksum = zlib.crc32(counts_R.numpy().data, checksum)
-            yield first, counts_R.to(torch.int32, copy=True)
-        if self._checksums is not None and self._checksums[name] != checksum:
+            yield first, counts_R.clone()
+        if self._checksums[name] != checksum:
             raise ValueError(
                 f"{self._path} is damaged: the counts of table {name!r} do not have the checksum "
                 "that they were written with. Copy the file again."
             )
 
-    def _by_table(self, metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
-        """A JSON object in the metadata; None where there is none."""
-        if key not in metadata:
-            return None
+    def _by_table(self, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+        """A JSON object in the metadata; empty where there is none."""
         with contextlib.suppress(ValueError, RecursionError):
-            if isinstance(found := json.loads(metadata[key]), dict):
+            if isinstance(found := json.loads(metadata.get(key, "{}")), dict):
                 return found
         raise ValueError(f"{self._path} is damaged: its {key} are no JSON object.")
 
@@ -215,11 +209,10 @@ class CountsReader:
         """Rows of a table, whose type and shape are checked."""
         stored = self._file.get_slice(name)
         dtype, shape = stored.get_dtype(), stored.get_shape()
-        if dtype not in _DTYPES or len(shape) != 1:
+        if dtype != "I32" or len(shape) != 1:
             raise ValueError(
-                f"{self._path}: table {name!r} must be {' or '.join(_DTYPES)} of shape "
-                f"[num_embeddings]; got {dtype} of shape {shape}. Write the file with "
-                "torchrec_freq.save_counts."
+                f"{self._path}: table {name!r} must be I32 of shape [num_embeddings]; got {dtype} "
+                f"of shape {shape}. Write the file with torchrec_freq.save_counts."
             )
         return int(shape[0])
 

@@ -55,8 +55,8 @@ class Tally:
 
     def __init__(self, rows: Mapping[str, int], modulo: bool) -> None:
         self.rows = dict(rows)
-        self.modulo = modulo
         self.ids = 0
+        self._modulo = modulo
         self._added = 0
         self._counts: dict[str, Tensor] = {}
         for table, count in self.rows.items():
@@ -79,22 +79,19 @@ class Tally:
             raise ValueError(f"{where}: ids must be whole numbers; got {ids_L.dtype}.")
         for start in range(0, ids_L.size, _CHUNK_IDS):
             rows_L = self._rows(table, ids_L[start : start + _CHUNK_IDS], where)
-            ones_L = torch.ones(len(rows_L), dtype=torch.int32)
             if self._added + len(rows_L) >= COUNT_CEILING:  # before int32 ends
-                self._clamp()
+                self.counts()
+            ones_L = torch.ones(len(rows_L), dtype=torch.int32)
             self._counts[table].scatter_add_(0, torch.from_numpy(rows_L), ones_L)
             self._added += len(rows_L)
         self.ids += ids_L.size
 
     def counts(self) -> dict[str, Tensor]:
-        """int32 [rows] counts of each table: views, so call it last."""
-        self._clamp()
-        return dict(self._counts)
-
-    def _clamp(self) -> None:
+        """int32 [rows] counts of each table so far, the memory itself."""
         for counts_R in self._counts.values():
             counts_R.clamp_(max=COUNT_CEILING)
         self._added = 0
+        return dict(self._counts)
 
     def _rows(self, table: str, ids_L: NDArray[Any], where: str) -> NDArray[np.int64]:
         """int64 [ids] row numbers."""
@@ -103,7 +100,7 @@ class Tally:
         wide_L = ids_L if ids_L.dtype == np.uint64 else ids_L.astype(np.int64)
         least, most = int(wide_L.min()), int(wide_L.max())
         if least < 0 or most >= rows:
-            if not self.modulo:
+            if not self._modulo:
                 raise ValueError(
                     f"{where}: id {least if least < 0 else most} is out of range: table {table!r} "
                     f"has {rows} rows, for ids of 0 to {rows - 1}. Give more rows, or modulo if "

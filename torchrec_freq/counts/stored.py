@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def open_stored(path: Path) -> list[StoredTable]:
     return [_of_file(file, name) for name in file.rows]
 
 
-def read_table_states(path: str | Path) -> dict[str, TableState]:
+def read_table_states(path: str | os.PathLike[str]) -> dict[str, TableState]:
     """What the tables of a checkpoint have learned, for :func:`torchrec_freq.load_table_states`.
 
     The checkpoint holds the state of the model and of its fused optimizer, saved by
