@@ -155,7 +155,7 @@ def _lines(path: Path, fields: int) -> list[list[str]]:
         raise FileNotFoundError(f"{path} is missing; the folder needs ratings, users and items.")
     with path.open(encoding="latin-1") as file:
         lines = [line.rstrip("\n").split("\t") for line in file]
-    for number, line in enumerate(lines, start=1):
+    for place, line in enumerate(lines, start=1):
         if len(line) != fields:
             raise ValueError(
                 f"{path}, line {place}: expected {fields} fields, found {len(line)}; "

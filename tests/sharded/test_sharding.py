@@ -158,9 +158,9 @@ def test_half_precision_of_small_gradients() -> None:
     for t in TABLES:
         half, full = (weights[t.name].float() for weights in trained)
         assert (full - start[t.name]).abs().max() > 0.02
-        # A step is at most 0.63 lr. float16 keeps a gradient to 3e-8, so of rows whose gradient is
-        # 1e-6, the least here, a step is off by 3 % of that, and three steps by 2e-3.
-        torch.testing.assert_close(half, full, rtol=0, atol=2e-3)
+        # A step is at most lr. float16 keeps a gradient to 3e-8, so of rows whose gradient is 1e-6,
+        # the least here, a step is off by 3 % of that, and three steps by 3e-3.
+        torch.testing.assert_close(half, full, rtol=0, atol=3e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
