@@ -82,7 +82,7 @@ def prior_change(
     Args:
         counts: [...] :math:`c_i`, any dtype.
         sums: [...] float32 :math:`A_i`.
-        prior_squares: float32, :func:`prior_squares` of a shape that expands to that of ``counts``.
+        prior_squares: float32 [...] of :func:`prior_squares`; expands to the shape of ``counts``.
 
     Returns:
         [...] float32.
@@ -97,7 +97,11 @@ def prior_change(
 
 
 def prior_squares(config: FrequencyConfig, rho: Tensor) -> Tensor:
-    r""":math:`\mathrm{prior\_count}\, \rho_t`, or :math:`\rho_t` where the prior is infinite."""
+    r""":math:`\mathrm{prior\_count}\, \rho_t`, or :math:`\rho_t` where the prior is infinite.
+
+    Args:
+        rho: float32 [...] :math:`\rho_t`.
+    """
     return rho if config.prior_count == math.inf else rho * config.prior_count
 
 
@@ -107,7 +111,7 @@ def past_squares(config: FrequencyConfig, counts: Tensor, sums: Tensor, rho: Ten
     Args:
         counts: [...] :math:`c_i`, any dtype.
         sums: [...] float32 :math:`A_i`.
-        rho: float32 :math:`\rho_t`, of a shape that expands to that of ``counts``.
+        rho: float32 [...] :math:`\rho_t`; expands to the shape of ``counts``.
 
     Returns:
         [...] float32.
@@ -134,7 +138,7 @@ def row_multiplier(
         config: the rule's constants.
         counts: [...] :math:`c_i`, any dtype: before the step, with ``normalize=None`` with it.
         sums: [...] float32 :math:`A_i` before the step; not used with ``normalize=None``.
-        rho: float32 :math:`\rho_t`, of a shape that expands to that of ``counts``; likewise.
+        rho: float32 [...] :math:`\rho_t`; expands to the shape of ``counts``; likewise.
         squares: [...] :math:`\mathrm{mean}_d(g_i^2)`; None takes 0.
 
     Returns:

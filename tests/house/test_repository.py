@@ -94,6 +94,7 @@ ROOMS = (
     ("engine",),
     ("optimizer",),
     ("sharded",),
+    ("model_state", "vocabulary"),
     ("analysis",),
     ("planner",),
     ("",),  # the package itself

@@ -89,6 +89,9 @@ class TableState:
     def resize(self, rows: int) -> TableState:
         """The state with the first ``rows`` rows, or with new ones behind the old.
 
+        Args:
+            rows: of the new table, at least 1.
+
         Raises:
             ValueError: less than 1 row.
         """
