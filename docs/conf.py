@@ -29,8 +29,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 # Names of other packages have no page here, and looking them up takes a network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|fbgemm_gpu|numpy|os|torch|torchrec|typing)\..*"),
-    (r"py:class", r"Tensor|rows_B"),
+    (r"py:.*", r"(collections|fbgemm_gpu|numpy|os|torch|torchrec|typing|typing_extensions)\..*"),
+    (r"py:class", r"Tensor|rows_B|torchrec_freq\.config\.Options"),
 ]
 
 exclude_patterns = ["_build"]

@@ -29,7 +29,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_freq
-from torchrec_freq.sharded.install import frequency_modules
 
 LR = 0.03
 
@@ -365,6 +364,8 @@ def restore(model: Any, folder: Path) -> None:
 
 def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Sets whole tables under any plan."""
+    from torchrec_freq.sharded.install import frequency_modules
+
     for _, handle in frequency_modules(model):
         for part in handle.shards:
             columns = slice(part.column_offset, part.column_offset + part.columns)

@@ -90,10 +90,10 @@ HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 ROWS_OF_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "id": (  # on both ranks
-        lambda f: (
-            change(f / "day_0_sparse.npy", [5, 90], 2, 12)
-            or change(f / "day_2_sparse.npy", [0], 2, 7)
-        ),
+        lambda f: [
+            change(f / "day_0_sparse.npy", [5, 90], 2, 12),
+            change(f / "day_2_sparse.npy", [0], 2, 7),
+        ],
         r"day_0_sparse\.npy, row 5: id 12 of cat_2, whose table has 7 rows; 2 bad rows in it\n"
         r"  day_2_sparse\.npy, row 0: id 7",
     ),

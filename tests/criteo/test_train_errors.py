@@ -20,6 +20,7 @@ import torch.distributed as dist
 from criteo_runs import GIVEN, REPOSITORY, arguments, assert_same, run
 from programs import Program
 from ranks import on_ranks
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from benchmarks.common import ranks as group
@@ -33,12 +34,17 @@ from examples.criteo.progress import Monitor
 @contextlib.contextmanager
 def full_disk(step: int) -> Iterator[None]:
     """Rank 1 has no space left for the checkpoint of a step."""
-    save, file = Checkpoints.save, io.FileIO
+    save = Checkpoints.save
+
+    @contextlib.contextmanager
+    def full(self: Any, path: Any, mode: str) -> Iterator[Any]:
+        with open("/dev/full", mode) as stream:
+            yield stream
 
     def spoiled(checkpoints: Checkpoints, saved: int, *arguments: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if saved == step and dist.get_rank() == 1:
-                patch.setattr(io, "FileIO", lambda path, mode: file("/dev/full", mode))
+                patch.setattr(FileSystem, "create_stream", full)
             save(checkpoints, saved, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -165,10 +165,10 @@ def _refuse_options(
     if not (of_gpu := [option for option in _GPU_OPTIONS if params.get(option)]):
         return
     reason = None
-    if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
-        reason = "data-parallel tables do not have it"
-    elif device is None or device.type != "cuda":
+    if device is None or device.type != "cuda":
         reason = "FBGEMM's kernel ignores it on this device"
+    elif sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+        reason = "data-parallel tables do not have it"
     elif frequency.normalize is None or frequency.admit > 1:
         reason = "it needs normalize='table' and admit=1"
     if reason:
